@@ -1,0 +1,36 @@
+# Every target starts from nothing: it makes the environment in .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint types docs bench mnist clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed  ## train dense, small-dense, Static, SET and RigL on handwritten digits
+	$(BIN)/python examples/digits.py --output outputs/digits
+
+test: .venv/.installed  ## the developer's suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.installed  ## the suite and its slow rows
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/.installed  ## the cost of masking and of one update, stored under benchmarks/results
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build dist site outputs *.egg-info

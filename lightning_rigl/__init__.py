@@ -1,0 +1,1 @@
+"""Dynamic sparse training for PyTorch Lightning."""

@@ -1,0 +1,57 @@
+"""A small table: plain text when printed, a rich table where rich is installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title; the last row is the total.
+
+    Args:
+        title: what the table shows, with its unit.
+        columns: the column headers.
+        rows: one tuple of cells per row, as long as ``columns``.
+        total: the last row, set apart.
+
+    Example:
+        >>> print(Table("two layers", ("layer", "active"), (("a", "12"), ("b", "3")), ("total", "15")))
+        two layers
+        layer  active
+        a          12
+        b           3
+        -------------
+        total      15
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    total: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = (self.columns, *self.rows, self.total)
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        text = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in lines
+        ]
+        text.insert(-1, "-" * len(text[0]))
+        return "\n".join([self.title, *text])
+
+    def __rich__(self) -> RichTable:
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, show_footer=True)
+        for i, (header, footer) in enumerate(zip(self.columns, self.total, strict=True)):
+            table.add_column(header, footer, justify="left" if i == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
