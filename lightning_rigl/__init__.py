@@ -1,1 +1,29 @@
 """Dynamic sparse training for PyTorch Lightning."""
+
+from lightning_rigl.methods.base import Connections, Method
+from lightning_rigl.methods.rigl import RigL
+from lightning_rigl.methods.set import SET
+from lightning_rigl.methods.static import Static
+from lightning_rigl.model.mask_files import load_masks
+from lightning_rigl.model.sparsifier import Sparsifier
+from lightning_rigl.topology.distributions import ER, ERK, Distribution, PerLayer, Uniform
+from lightning_rigl.topology.patterns import Pattern, Unstructured
+from lightning_rigl.topology.schedules import UpdateSchedule
+
+__all__ = [
+    "ER",
+    "ERK",
+    "SET",
+    "Connections",
+    "Distribution",
+    "Method",
+    "Pattern",
+    "PerLayer",
+    "RigL",
+    "Sparsifier",
+    "Static",
+    "Uniform",
+    "Unstructured",
+    "UpdateSchedule",
+    "load_masks",
+]

@@ -1,0 +1,107 @@
+"""How a sparse training starts: masks at random, from weights, or from a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rigl.model import layers, mask_files
+from lightning_rigl.topology.distributions import ERK, Distribution, PerLayer, check_sparsity
+from lightning_rigl.topology.patterns import Pattern
+
+
+def first_masks(
+    model: nn.Module,
+    sparsity: float | dict[str, float],
+    distribution: Distribution,
+    pattern: Pattern,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    init: str | Mapping[str, Tensor],
+    seed: int,
+) -> dict[str, Tensor]:
+    """The masks that a training starts with; the arguments are those of `Sparsifier`. Changes nothing."""
+    distribution, overall = _budget(sparsity, distribution)
+    if init in ("random", "magnitude", "nonzero"):
+        chosen = layers.select(model, include, exclude)
+        if init == "nonzero":
+            return nonzero_masks(chosen)
+        counts = distribution.counts({name: p.shape for name, p in chosen.items()}, overall)
+        return drawn_masks(chosen, counts, pattern, init == "magnitude", seed)
+    masks = mask_files.load_masks(init) if isinstance(init, str) else init
+    parameters = layers.named_parameters(model)
+    mask_files.check_masks(masks, parameters)
+    return {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
+
+
+def private_generator(seed: int, name: str, step: int) -> torch.Generator:
+    """Randomness of its own for one layer at one step: the same on every rank, device and resumed run."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def drawn_masks(
+    layers: Mapping[str, nn.Parameter],
+    counts: Mapping[str, int],
+    pattern: Pattern,
+    magnitude: bool,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Masks with exactly ``counts`` connections (what the pattern makes of them): random, or the largest.
+
+    Raises:
+        ValueError: a count outside 1 .. size of its layer.
+    """
+    fitted = {name: pattern.fit(layers[name].shape, count) for name, count in counts.items()}
+    for name, count in fitted.items():
+        if not 1 <= count <= layers[name].numel():
+            raise ValueError(
+                f"{name}: asked to keep {count} of {layers[name].numel()} connections (pattern {pattern}); "
+                "at least 1 and at most all can stay: change the sparsity or exclude the layer"
+            )
+    masks = {}
+    for name, count in fitted.items():
+        weight = layers[name].detach()
+        random = torch.rand(weight.shape, generator=private_generator(seed, name, -1)).to(weight.device)
+        masks[name] = pattern.start(weight.abs() if magnitude else random, count)
+    return masks
+
+
+def nonzero_masks(layers: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The non-zeros of the weights as they are.
+
+    Raises:
+        ValueError: a layer has no non-zero weight, or no layer has a zero.
+    """
+    masks = {name: weight.detach() != 0 for name, weight in layers.items()}
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        raise ValueError(
+            f"init='nonzero': {', '.join(empty)} has no weight that is not zero; exclude the layer"
+        )
+    if all(mask.all() for mask in masks.values()):
+        raise ValueError(
+            "init='nonzero': the weights have no zeros, they are dense; load sparse ones first, or "
+            "start with init='magnitude' or 'random'"
+        )
+    return masks
+
+
+def _budget(sparsity: float | dict[str, float], distribution: Distribution) -> tuple[Distribution, float]:
+    """The distribution and the sparsity to ask it for; a dict of sparsities is a distribution itself.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), or a dict beside a distribution other than the default.
+    """
+    if not isinstance(sparsity, dict):
+        check_sparsity(sparsity)
+        return distribution, sparsity
+    if distribution != ERK():
+        raise ValueError(
+            f"sparsity={sparsity!r} gives each layer its own; the distribution {distribution} has no say "
+            "then: leave it out, or give one sparsity"
+        )
+    return PerLayer(sparsity), 0.0

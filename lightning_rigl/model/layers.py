@@ -1,0 +1,125 @@
+"""Which parameters are sparse, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_rigl.topology.distributions import find
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers such as ``torch.compile``.
+
+    Example:
+        >>> clean_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Cleaned name -> parameter, in module order; a tied parameter once, under its first name."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def select(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters that become sparse, in module order.
+
+    By default: the weights of linear layers, all convolutions but depthwise ones (groups = in_channels > 1),
+    RNNs, LSTMs and GRUs, and the in and out projections of attention. A parameter that an embedding shares, a
+    frozen one and one of fewer than two dimensions stay dense.
+
+    Args:
+        model: any module.
+        include: regular expressions searched in the cleaned names; they replace the default selection and may
+            choose any floating parameter of two or more dimensions, embeddings too.
+        exclude: regular expressions; what they match is then left dense.
+
+    Raises:
+        ValueError: a pattern matches nothing (near misses are named), or nothing is left to make sparse.
+
+    Example:
+        >>> list(select(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3), nn.LayerNorm(3))))
+        ['1.weight']
+    """
+    chosen = {n: p for n, p in _chosen(model, include, exclude).items() if p.requires_grad}
+    if not chosen:
+        weights = [n for n, p in named_parameters(model).items() if _is_weight(n, p)]
+        raise ValueError(
+            f"{type(model).__name__} has no parameter to make sparse: of {len(weights)} weights of two "
+            f"or more dimensions ({', '.join(weights[:5]) or 'none'}) none is selected and trainable; name some with "
+            "include=[...], and check exclude and requires_grad"
+        )
+    return chosen
+
+
+def frozen(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters that `select` would choose were they not frozen; they stay dense."""
+    return {n: p for n, p in _chosen(model, include, exclude).items() if not p.requires_grad}
+
+
+def _chosen(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{what}: expected a list of regular expressions, got the string {patterns!r}")
+    weights = {n: p for n, p in named_parameters(model).items() if _is_weight(n, p)}
+    if include is None:
+        default = _default_weights(model)
+        wanted = {n for n, p in weights.items() if id(p) in default}
+    else:
+        wanted = {n for pattern in include for n in find(pattern, list(weights), "include")}
+        _refuse_sparse_gradients(model, wanted)
+    unwanted = {n for pattern in exclude or () for n in find(pattern, list(weights), "exclude")}
+    return {n: p for n, p in weights.items() if n in wanted - unwanted}
+
+
+def _is_weight(name: str, parameter: nn.Parameter) -> bool:
+    if nn.parameter.is_lazy(parameter):
+        raise ValueError(
+            f"{name} is not initialised yet (a lazy module): pass one batch through the model first, for "
+            "example in configure_model"
+        )
+    return parameter.is_floating_point() and parameter.dim() >= 2
+
+
+def _default_weights(model: nn.Module) -> set[int]:
+    """Identities of the weights that are sparse by default."""
+    modules = list(model.modules())
+    shared = {id(p) for m in modules if isinstance(m, _EMBEDDINGS) for p in m.parameters(recurse=False)}
+    return {id(p) for m in modules for p in _weights_of(m)} - shared
+
+
+def _weights_of(module: nn.Module) -> Iterator[Tensor]:
+    own = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() >= 2}
+    if isinstance(module, _ConvNd) and module.groups == module.in_channels > 1:
+        return  # depthwise
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        yield from (p for n, p in own.items() if n == "weight")
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        yield from (p for n, p in own.items() if n.startswith("weight_"))
+    elif isinstance(module, nn.MultiheadAttention):
+        yield from (p for n, p in own.items() if n.endswith("proj_weight"))
+
+
+def _refuse_sparse_gradients(model: nn.Module, wanted: set[str]) -> None:
+    for name, module in model.named_modules():
+        full = clean_name(f"{name}.weight" if name else "weight")
+        if isinstance(module, _EMBEDDINGS) and module.sparse and full in wanted:
+            raise ValueError(
+                f"{full}: an embedding with sparse=True has sparse gradients, which hide the dense gradient; "
+                "make it sparse=False or leave it out of include"
+            )

@@ -1,0 +1,92 @@
+"""Masks in and out of files, and whether they fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rigl.topology import bits
+
+VERSION = 1  # of the saved state
+
+
+def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError unless every mask is bool, has an active connection and fits a parameter."""
+    if not masks:
+        raise ValueError("the masks are empty: there is no layer to make sparse")
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(
+                f"masks do not fit the model: it has no parameter {name!r}, but "
+                f"{', '.join(list(parameters)[:5])}, ..."
+            )
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"masks do not fit the model: {name} is {tuple(mask.shape)} in the masks and "
+                f"{tuple(parameters[name].shape)} in the model"
+            )
+        if mask.dtype != torch.bool or not mask.any():
+            raise ValueError(f"{name}: a mask is a bool tensor with at least one True, got {mask.dtype}")
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Read masks from a Lightning checkpoint of a sparse run, or from a file saved as ``torch.save(masks)``.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        Cleaned parameter name -> bool tensor on the CPU, True = active.
+
+    Raises:
+        ValueError: the file is missing, or holds no masks.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "masks.pt"
+        >>> torch.save({"fc.weight": torch.tensor([[True, False]])}, file)
+        >>> load_masks(file)
+        {'fc.weight': tensor([[ True, False]])}
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"no mask file at {str(path)!r}; init is 'random', 'magnitude', 'nonzero', or the path of a "
+            "checkpoint or of masks saved with torch.save"
+        )
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    states = content.get("callbacks", {}).values() if "callbacks" in content else [content]
+    for state in states:
+        if "masks" in state:
+            return unpack_masks(state["masks"])
+        if state and all(isinstance(m, Tensor) and m.dtype == torch.bool for m in state.values()):
+            return dict(state)
+    raise ValueError(
+        f"{str(path)!r} holds no masks: it is no checkpoint of a run with RigLCallback (a checkpoint with "
+        "save_weights_only=True has none; load its weights and use init='nonzero')"
+    )
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Masks for a checkpoint: one bit a weight, and plain types only."""
+    return {name: {"shape": list(mask.shape), "bits": bits.pack(mask)} for name, mask in masks.items()}
+
+
+def unpack_masks(packed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks that `pack_masks` packed."""
+    return {name: bits.unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()}
+
+
+def check_state(state: Mapping[str, Any], method: str) -> dict[str, Tensor]:
+    """The masks of a saved state; ValueError if its format or its method is another."""
+    if state.get("version") != VERSION:
+        raise ValueError(f"the saved state has format {state.get('version')!r}, this version reads {VERSION}")
+    if state["method"] != method:
+        raise ValueError(
+            f"the checkpoint is of a run with method {state['method']}, and this one has {method}; "
+            "resume with the same method, or start a new run with init=<checkpoint>"
+        )
+    return unpack_masks(state["masks"])

@@ -1,0 +1,60 @@
+"""The state of any optimizer, by shape: what it is for a connection that was never active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def mixes_coordinates(optimizer: Optimizer) -> bool:
+    """Whether the optimizer is known to move weights whose own gradient and state are zero."""
+    return type(optimizer).__name__ == "Muon"
+
+
+def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
+    """Set the optimizer's state to its fresh value at the changed positions, in place.
+
+    Every floating state tensor of a parameter's shape is reset, whatever its name. ``step`` counters and
+    factored statistics have another shape and stay; so does every other position, bitwise.
+
+    Args:
+        optimizer: any optimizer that keeps its state in ``optimizer.state[parameter]``.
+        changed: parameter -> bool tensor of its shape, True where the state is reset.
+    """
+    for group in optimizer.param_groups:
+        members = {p: _elementwise(optimizer, p) for p in group["params"] if p in changed}
+        fresh = _fresh(optimizer, group, next(iter(members))) if any(members.values()) else {}
+        for parameter, state in members.items():
+            for key, tensor in state.items():
+                tensor.masked_fill_(changed[parameter], fresh.get(key, 0.0))
+
+
+def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The state tensors that hold one number for each weight of the parameter."""
+    state = {
+        k: v for k, v in optimizer.state.get(parameter, {}).items() if isinstance(v, Tensor) and k != "step"
+    }
+    return {k: v for k, v in state.items() if v.shape == parameter.shape and v.is_floating_point()}
+
+
+def _fresh(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, float]:
+    """What one step with a zero gradient makes of the state of a zero weight.
+
+    That is 0 for most optimizers, but the initial accumulator of Adagrad, the step size of Rprop, the eps of
+    Adamax. A new optimizer of the same class and settings is asked, so that a user's own is right too.
+    """
+    probe = nn.Parameter(torch.zeros([1] * parameter.dim(), dtype=parameter.dtype, device=parameter.device))
+    probe.grad = torch.zeros_like(probe)
+    known = signature(type(optimizer)).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    try:
+        twin = type(optimizer)([{**group, "params": [probe]}], **settings)
+        twin.step()
+    except Exception:  # its constructor wants more than settings: 0 is the fresh value of nearly all state
+        return {}
+    return {key: float(value.reshape(-1)[0]) for key, value in _elementwise(twin, probe).items()}

@@ -1,0 +1,292 @@
+"""The masks of one model, and everything that is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_rigl.methods.base import Connections, Method
+from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state
+from lightning_rigl.topology import bits
+from lightning_rigl.topology.distributions import Distribution
+from lightning_rigl.topology.patterns import Pattern
+from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
+from lightning_rigl.topology.tables import Table
+
+
+class Sparsifier:
+    """Keeps a model sparse and updates its topology, in any training loop.
+
+    The masks start here; the weights of inactive connections become and stay exactly zero. Call `start` once
+    the length of training is known, `before_step` between ``backward`` and ``optimizer.step``, and
+    `after_step` after it. Parameters are changed in place and never replaced; the model's ``state_dict`` keeps
+    its keys.
+
+    Args:
+        model: any module, on its device.
+        sparsity: fraction of zeros over the sparse layers, in [0, 1); or regular expression (searched in the
+            parameter name, first match wins) -> sparsity of that layer, unmatched layers staying dense.
+        method: who decides what is dropped and grown, or its short name.
+        distribution: how the connections are shared between layers, or its short name.
+        schedule: when the topology is updated; None is the method's own default.
+        pattern: where connections may live, or its short name.
+        include: regular expressions that replace the default choice of parameters, see `layers.select`.
+        exclude: regular expressions of parameters that stay dense.
+        init: ``random`` masks, those of largest ``magnitude``, the ``nonzero`` weights as they are, the path
+            of a checkpoint or mask file, or masks (cleaned parameter name -> bool tensor). Given masks and
+            the non-zeros decide the counts themselves.
+        seed: of all randomness here; None is ``torch.initial_seed()``. The global generator is never used.
+
+    Raises:
+        ValueError: bad input; nothing has been changed then. The message names the way out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = Sparsifier(model, 0.75, schedule=UpdateSchedule(every=2, end=8), seed=0)
+        >>> sparsifier.start(total_steps=10)
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     _ = sparsifier.before_step(optimizer, step)
+        ...     _ = optimizer.step()
+        ...     sparsifier.after_step()
+        >>> sparsifier.updates, sparsifier.counts, round(sparsifier.density, 3)
+        (3, {'0.weight': 27, '2.weight': 22}, 0.255)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float | dict[str, float] = 0.9,
+        method: Method | str = "rigl",
+        distribution: Distribution | str = "erk",
+        schedule: UpdateSchedule | None = None,
+        pattern: Pattern | str = "unstructured",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        init: str | Mapping[str, Tensor] = "random",
+        seed: int | None = None,
+    ) -> None:
+        self.model = model
+        self.method = supported(Method.of(method))
+        self.pattern = Pattern.of(pattern)
+        self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.masks = initial_masks.first_masks(
+            model, sparsity, Distribution.of(distribution), self.pattern, include, exclude, init, self.seed
+        )
+        everything = layers.named_parameters(model)
+        self.parameters = {name: everything[name] for name in self.masks}
+        self.frozen = layers.frozen(model, include, exclude)
+        self.updates = 0
+        self.postponed = 0  # updates put off because a gradient was not finite
+        self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
+        self.timetable: Timetable | None = None
+        self._last = dict.fromkeys(self.masks, -1)  # the step of each layer's last update
+        self._zeros_unchecked = True
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._apply_masks()
+
+    def start(self, total_steps: int | None = None, step: int = 0) -> None:
+        """Begin a training: resolve the schedule's fractions; grid points before ``step`` count as past.
+
+        Args:
+            total_steps: the length of training in optimizer steps; None if unknown.
+            step: optimizer steps already done.
+
+        Raises:
+            ValueError: the schedule needs the length of training, and it is unknown.
+        """
+        self.timetable = self.schedule.resolve(total_steps) if self.schedule else None
+        self._last = dict.fromkeys(self.masks, step - 1)
+
+    def before_step(self, optimizer: Optimizer, step: int) -> bool:
+        """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
+
+        An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
+        the step that follows changes nothing. An update that meets a non-finite gradient is postponed.
+
+        Args:
+            optimizer: the one about to step; only the layers among its parameters are touched.
+            step: optimizer steps already done (with several optimizers, this one's own).
+
+        Returns:
+            Whether the topology was updated.
+        """
+        names = self._names_in(optimizer)
+        due = (
+            bool(names) and self.timetable is not None and self.timetable.due(step, self._last_update(names))
+        )
+        if due and not self._gradients_are_finite(names):
+            self.postponed += 1
+            due = False
+        if due:
+            self.update(optimizer, step)
+        else:
+            self.mixing = self.mixing or optimizer_state.mixes_coordinates(optimizer)
+            self._mask_gradients(names)
+        return due
+
+    def after_step(self) -> None:
+        """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
+        if self._zeros_unchecked:
+            self._zeros_unchecked = False
+            self._check_zeros()
+        elif self.mixing:
+            self.mask_weights()
+
+    def update(self, optimizer: Optimizer, step: int) -> None:
+        """Drop and grow in every layer of the optimizer, in place of its step. `start` comes first.
+
+        Newly grown weights are zero. The optimizer's state becomes fresh where the mask changed; connections
+        that are dropped and grown again keep value and state.
+        """
+        if self.timetable is None:
+            raise RuntimeError("call start() before the first update, so that the schedule is known in steps")
+        self._check_zeros()
+        fraction = self.timetable.fraction(step)
+        changed = {}
+        for name in self._names_in(optimizer):
+            self._last[name] = step
+            mask = self._new_mask(name, int(fraction * self.counts[name]), step)
+            if mask is not None:
+                changed[self.parameters[name]] = self._replace_mask(name, mask)
+        optimizer_state.reset(optimizer, changed)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.updates += 1
+
+    def _new_mask(self, name: str, count: int, step: int) -> Tensor | None:
+        """The mask after dropping and growing ``count`` connections; None where nothing can change."""
+        weight, mask = self.parameters[name], self.masks[name]
+        needs_gradient = self.method.gradient != "never"
+        if count == 0 or self.counts[name] == mask.numel() or (needs_gradient and weight.grad is None):
+            return None
+        grad = weight.grad if needs_gradient else None
+        grad = grad.float() if grad is not None and grad.element_size() < 4 else grad
+        layer = Connections(
+            weight.detach(), mask, grad, initial_masks.private_generator(self.seed, name, step)
+        )
+        kept = self.pattern.drop(self.method.drop_score(layer), mask, count)
+        return self.pattern.grow(self.method.grow_score(layer), kept, count)
+
+    @torch.no_grad()
+    def _replace_mask(self, name: str, mask: Tensor) -> Tensor:
+        """Put a new mask in place and zero the weights that it adds or takes away; returns where it changed."""
+        changed = self.masks[name] ^ mask
+        self.parameters[name].masked_fill_(changed, 0.0)
+        self.masks[name].copy_(mask)
+        self._integers[name].copy_(mask).neg_()
+        return changed
+
+    def mask_gradients(self, optimizer: Optimizer) -> None:
+        """Zero the gradients of inactive connections, so that clipping and momentum see none of them."""
+        self._mask_gradients(self._names_in(optimizer))
+
+    def mask_weights(self) -> None:
+        """Set the inactive weights to zero."""
+        for name, integers in self._integers.items():
+            bits.and_(self.parameters[name].detach(), integers)
+
+    def _mask_gradients(self, names: Sequence[str]) -> None:
+        for name in names:
+            grad = self.parameters[name].grad
+            if grad is not None and name in self._integers:
+                bits.and_(grad, self._integers[name])
+
+    def _apply_masks(self) -> None:
+        """Count the masks, make their integer form (full layers need none), and mask the weights."""
+        self.counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        partial = [name for name, mask in self.masks.items() if self.counts[name] < mask.numel()]
+        self._integers = {n: bits.integer_mask(self.masks[n], self.parameters[n].detach()) for n in partial}
+        self.mask_weights()
+
+    def _names_in(self, optimizer: Optimizer) -> list[str]:
+        names = self._names
+        return [names[p] for group in optimizer.param_groups for p in group["params"] if p in names]
+
+    def _last_update(self, names: Sequence[str]) -> int:
+        return max(self._last[name] for name in names)
+
+    def _gradients_are_finite(self, names: Sequence[str]) -> bool:
+        grads = [g for name in names if (g := self.parameters[name].grad) is not None]
+        # a sum is finite only if all terms are; a half type could overflow on the way
+        return all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
+
+    def _check_zeros(self) -> None:
+        """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
+        if any(((p.detach() != 0) > self.masks[name]).any() for name, p in self.parameters.items()):
+            self.mixing = True
+        if self.mixing:
+            self.mask_weights()
+
+    @property
+    def density(self) -> float:
+        """Active connections over all connections of the sparse layers."""
+        return sum(self.counts.values()) / sum(mask.numel() for mask in self.masks.values())
+
+    def summary(self) -> Table:
+        """A table of the sparse layers: shape, active of total, density."""
+        rows = [
+            (
+                name,
+                " x ".join(map(str, mask.shape)),
+                f"{self.counts[name]:,} of {mask.numel():,}",
+                f"{self.counts[name] / mask.numel():.4f}",
+            )
+            for name, mask in self.masks.items()
+        ]
+        total = sum(mask.numel() for mask in self.masks.values())
+        footer = ("total", "", f"{sum(self.counts.values()):,} of {total:,}", f"{self.density:.4f}")
+        title = f"sparse layers ({type(self.method).__name__})"
+        return Table(title, ("layer", "shape", "active", "density"), tuple(rows), footer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain types and tensors: masks at one bit a weight."""
+        return {
+            "version": mask_files.VERSION,
+            "method": type(self.method).__name__,
+            "masks": mask_files.pack_masks(self.masks),
+            "last": dict(self._last),
+            "updates": self.updates,
+            "timetable": asdict(self.timetable) if self.timetable else None,
+            "seed": self.seed,
+            "mixing": self.mixing,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; load the model's own state before.
+
+        Raises:
+            ValueError: a state of another format, method or model; nothing has been changed then.
+        """
+        masks = mask_files.check_state(state, type(self.method).__name__)
+        mask_files.check_masks(masks, self.parameters)
+        for name, mask in masks.items():
+            self.masks[name].copy_(mask)
+        self._apply_masks()
+        self._last = dict(state["last"])
+        self.updates, self.seed, self.mixing = state["updates"], state["seed"], state["mixing"]
+        self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
+
+
+def supported(method: Method) -> Method:
+    """The method, if this version can run it; ValueError if it declares a fact that has no engine yet."""
+    facts = {
+        "gradient='every_step'": method.gradient == "every_step",
+        "starts_dense": method.starts_dense,
+        "scope='model'": method.scope == "model",
+        "latent": method.latent,
+    }
+    if missing := [fact for fact, declared in facts.items() if declared]:
+        raise ValueError(
+            f"method {type(method).__name__} declares {', '.join(missing)}, which this version does not run"
+        )
+    return method

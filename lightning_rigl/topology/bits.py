@@ -1,0 +1,55 @@
+"""Masks as bits: eight connections a byte in a checkpoint, and a mask that an AND applies to a float."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as uint8 on the CPU, eight connections a byte, the lowest flat index in the lowest bit.
+
+    Example:
+        >>> pack(torch.tensor([True, False, False, True])).tolist()
+        [9]
+    """
+    flat = mask.reshape(-1).to("cpu", torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(len(flat), dtype=torch.uint8)
+    for bit in range(8):
+        packed |= flat[:, bit] << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The bool mask of this shape that `pack` made ``packed`` from.
+
+    Raises:
+        ValueError: the bytes do not fit the shape.
+
+    Example:
+        >>> unpack(torch.tensor([9], dtype=torch.uint8), (2, 2)).tolist()
+        [[True, False], [False, True]]
+    """
+    size = torch.Size(shape).numel()
+    if packed.dtype != torch.uint8 or packed.numel() != -(-size // 8):
+        raise ValueError(
+            f"{packed.numel()} bytes of {packed.dtype} do not hold a mask of shape {tuple(shape)}"
+        )
+    flat = torch.stack([(packed.reshape(-1) >> bit) & 1 for bit in range(8)], dim=1).view(-1)
+    return flat[:size].bool().view(shape)
+
+
+def integer_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The mask as integers as wide as ``like``'s elements, all ones where active, in ``like``'s layout."""
+    integers = torch.empty_like(
+        like, dtype=_INTEGER[like.element_size()], memory_format=torch.preserve_format
+    )
+    return integers.copy_(mask).neg_()
+
+
+def and_(values: Tensor, integers: Tensor) -> None:
+    """Set ``values`` to +0.0 where inactive, in place: a nan does not survive it, nor does a sign."""
+    values.view(integers.dtype).bitwise_and_(integers)

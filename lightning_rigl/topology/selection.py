@@ -1,0 +1,84 @@
+"""Scores and integer counts -> masks. Exact counts; of equal scores the lower flat index wins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINS = 1 << 16
+
+
+def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
+    """The ``count`` highest scores among the candidates.
+
+    A radix selection: a histogram over the upper 16 bits of an order-preserving integer finds the bin of the
+    threshold, the next 16 bits are looked at inside that bin only, and so on; nothing is sorted. The result
+    does not depend on the device. Half types are ranked as float32; ``-0.0`` equals ``0.0``.
+
+    Args:
+        scores: any shape, floating, finite or infinite (a nan ranks above infinity).
+        count: how many to choose, from 0 to the number of candidates.
+        among: bool, the shape of ``scores``; True where a score is a candidate.
+
+    Returns:
+        A bool mask of the shape of ``scores`` with exactly ``count`` True, all of them candidates.
+
+    Raises:
+        ValueError: there are fewer candidates than ``count``, or ``count`` is negative.
+
+    Example:
+        >>> top(torch.tensor([3.0, 1.0, 3.0, 3.0]), 2, torch.tensor([True, True, True, True])).tolist()
+        [True, False, True, False]
+    """
+    available = int(among.count_nonzero())
+    if not 0 <= count <= available:
+        raise ValueError(f"asked to select {count} of {available} candidates; the count must lie within them")
+    if count in (0, available):
+        return among.clone() if count else torch.zeros_like(among)
+    keys = _ordered_bits(scores.detach().reshape(-1))
+    shift = keys.element_size() * 8 - 16
+    digits = (
+        (keys >> shift).add_(_BINS // 2 + 1).masked_fill_(~among.reshape(-1), 0)
+    )  # the upper digit is signed
+    above, threshold = _threshold(digits, count)
+    chosen = digits > threshold
+    tied = (digits == threshold).nonzero().view(-1)  # these share all digits seen so far with the threshold
+    while shift > 0 and tied.numel() > count - above:
+        count -= above
+        shift -= 16
+        digits = (keys[tied] >> shift) & (_BINS - 1)
+        above, threshold = _threshold(digits, count)
+        chosen[tied[digits > threshold]] = True
+        tied = tied[digits == threshold]
+    chosen[tied[: count - above]] = True
+    return chosen.view(scores.shape)
+
+
+def drop(scores: Tensor, active: Tensor, count: int) -> Tensor:
+    """The active connections that stay when the ``count`` of lowest score are dropped; shapes as in `top`."""
+    return top(scores, int(active.count_nonzero()) - count, active)
+
+
+def grow(scores: Tensor, kept: Tensor, count: int) -> Tensor:
+    """``kept`` and the ``count`` connections of highest score outside it; shapes as in `top`."""
+    return kept | top(scores, count, ~kept)
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """Integers in the order of the scores: int64 for float64, int32 for all other types."""
+    wide = scores.dtype == torch.float64
+    scores = scores if wide else scores.float()
+    bits = scores.view(torch.int64 if wide else torch.int32)
+    if bits.amin() >= 0:  # no sign bit anywhere, the bits are in order as they are
+        return bits
+    bits = (scores + 0.0).view(bits.dtype)  # -0.0 becomes 0.0
+    return bits ^ ((bits >> (63 if wide else 31)) & torch.iinfo(bits.dtype).max)
+
+
+def _threshold(digits: Tensor, count: int) -> tuple[int, int]:
+    """How many digits are above that of the ``count``-th highest, and that digit."""
+    reached = (
+        torch.bincount(digits, minlength=_BINS + 1).flip(0).cumsum(0)
+    )  # how many have this digit or a higher one
+    place = int((reached < count).sum())
+    return int(reached[place - 1]) if place else 0, reached.numel() - 1 - place
