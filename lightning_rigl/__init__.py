@@ -1,5 +1,6 @@
 """Dynamic sparse training for PyTorch Lightning."""
 
+from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections, Method
 from lightning_rigl.methods.rigl import RigL
 from lightning_rigl.methods.set import SET
@@ -20,6 +21,7 @@ __all__ = [
     "Pattern",
     "PerLayer",
     "RigL",
+    "RigLCallback",
     "Sparsifier",
     "Static",
     "Uniform",

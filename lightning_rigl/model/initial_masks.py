@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from lightning_rigl.model import layers, mask_files
 from lightning_rigl.topology.distributions import ERK, Distribution, PerLayer, check_sparsity
 from lightning_rigl.topology.patterns import Pattern
+
+INITS = ("random", "magnitude", "nonzero")
 
 
 def first_masks(
@@ -24,8 +27,9 @@ def first_masks(
     seed: int,
 ) -> dict[str, Tensor]:
     """The masks that a training starts with; the arguments are those of `Sparsifier`. Changes nothing."""
+    check(sparsity, distribution, init)
     distribution, overall = _budget(sparsity, distribution)
-    if init in ("random", "magnitude", "nonzero"):
+    if isinstance(init, str) and init in INITS:
         chosen = layers.select(model, include, exclude)
         if init == "nonzero":
             return nonzero_masks(chosen)
@@ -35,6 +39,24 @@ def first_masks(
     parameters = layers.named_parameters(model)
     mask_files.check_masks(masks, parameters)
     return {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
+
+
+def check(sparsity: float | dict[str, float], distribution: Distribution, init: object) -> None:
+    """Refuse what can be refused without a model.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), a dict of them beside a distribution, an unknown ``init``.
+        TypeError: an ``init`` that is neither a string nor a dict of masks.
+    """
+    _budget(sparsity, distribution)
+    if not isinstance(init, (str, Mapping)):
+        raise TypeError(f"init: expected a name, a path or a dict of masks, got {init!r}")
+    if isinstance(init, str) and init not in INITS and not Path(init).is_file():
+        known = ", ".join(repr(name) for name in INITS)
+        raise ValueError(
+            f"init={init!r} is no known name and no file; the known ones are {known}, or give the path of a "
+            "checkpoint or of masks saved with torch.save"
+        )
 
 
 def private_generator(seed: int, name: str, step: int) -> torch.Generator:

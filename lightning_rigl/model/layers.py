@@ -57,8 +57,8 @@ def select(
         weights = [n for n, p in named_parameters(model).items() if _is_weight(n, p)]
         raise ValueError(
             f"{type(model).__name__} has no parameter to make sparse: of {len(weights)} weights of two "
-            f"or more dimensions ({', '.join(weights[:5]) or 'none'}) none is selected and trainable; name some with "
-            "include=[...], and check exclude and requires_grad"
+            f"or more dimensions ({', '.join(weights[:5]) or 'none'}) none is selected and trainable; name "
+            "some with include=[...], and check exclude and requires_grad"
         )
     return chosen
 

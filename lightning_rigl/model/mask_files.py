@@ -53,10 +53,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         {'fc.weight': tensor([[ True, False]])}
     """
     if not Path(path).is_file():
-        raise ValueError(
-            f"no mask file at {str(path)!r}; init is 'random', 'magnitude', 'nonzero', or the path of a "
-            "checkpoint or of masks saved with torch.save"
-        )
+        raise ValueError(f"no file at {str(path)!r}; give a checkpoint, or masks saved with torch.save")
     content = torch.load(path, map_location="cpu", weights_only=True)
     states = content.get("callbacks", {}).values() if "callbacks" in content else [content]
     for state in states:

@@ -24,8 +24,8 @@ class Sparsifier:
 
     The masks start here; the weights of inactive connections become and stay exactly zero. Call `start` once
     the length of training is known, `before_step` between ``backward`` and ``optimizer.step``, and
-    `after_step` after it. Parameters are changed in place and never replaced; the model's ``state_dict`` keeps
-    its keys.
+    `after_step` after it. Parameters are changed in place and never replaced; the model's ``state_dict``
+    keeps its keys.
 
     Args:
         model: any module, on its device.
@@ -85,6 +85,7 @@ class Sparsifier:
         self.parameters = {name: everything[name] for name in self.masks}
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
+        self.drop_fraction = 0.0  # of the last update
         self.postponed = 0  # updates put off because a gradient was not finite
         self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
         self.timetable: Timetable | None = None
@@ -93,18 +94,20 @@ class Sparsifier:
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._apply_masks()
 
-    def start(self, total_steps: int | None = None, step: int = 0) -> None:
-        """Begin a training: resolve the schedule's fractions; grid points before ``step`` count as past.
+    def start(self, total_steps: int | None = None, step: int | None = 0) -> None:
+        """Begin a training: resolve the schedule's fractions.
 
         Args:
             total_steps: the length of training in optimizer steps; None if unknown.
-            step: optimizer steps already done.
+            step: optimizer steps already done, so that updates due before count as past; None goes on after
+                the updates that were done.
 
         Raises:
             ValueError: the schedule needs the length of training, and it is unknown.
         """
         self.timetable = self.schedule.resolve(total_steps) if self.schedule else None
-        self._last = dict.fromkeys(self.masks, step - 1)
+        if step is not None:
+            self._last = dict.fromkeys(self.masks, step - 1)
 
     def before_step(self, optimizer: Optimizer, step: int) -> bool:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
@@ -150,11 +153,11 @@ class Sparsifier:
         if self.timetable is None:
             raise RuntimeError("call start() before the first update, so that the schedule is known in steps")
         self._check_zeros()
-        fraction = self.timetable.fraction(step)
+        self.drop_fraction = self.timetable.fraction(step)
         changed = {}
         for name in self._names_in(optimizer):
             self._last[name] = step
-            mask = self._new_mask(name, int(fraction * self.counts[name]), step)
+            mask = self._new_mask(name, int(self.drop_fraction * self.counts[name]), step)
             if mask is not None:
                 changed[self.parameters[name]] = self._replace_mask(name, mask)
         optimizer_state.reset(optimizer, changed)
@@ -179,7 +182,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def _replace_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Put a new mask in place and zero the weights that it adds or takes away; returns where it changed."""
+        """Put a new mask in place and zero the weights it adds or takes away; returns where it changed."""
         changed = self.masks[name] ^ mask
         self.parameters[name].masked_fill_(changed, 0.0)
         self.masks[name].copy_(mask)
@@ -256,6 +259,7 @@ class Sparsifier:
             "masks": mask_files.pack_masks(self.masks),
             "last": dict(self._last),
             "updates": self.updates,
+            "drop_fraction": self.drop_fraction,
             "timetable": asdict(self.timetable) if self.timetable else None,
             "seed": self.seed,
             "mixing": self.mixing,
@@ -273,7 +277,8 @@ class Sparsifier:
             self.masks[name].copy_(mask)
         self._apply_masks()
         self._last = dict(state["last"])
-        self.updates, self.seed, self.mixing = state["updates"], state["seed"], state["mixing"]
+        for name in ("updates", "drop_fraction", "seed", "mixing"):
+            setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
 
 

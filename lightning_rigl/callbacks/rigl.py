@@ -1,0 +1,261 @@
+"""RigLCallback: when to call what. It translates Lightning's hooks and holds no arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_rigl.callbacks.rhythm import log_levels, log_step
+from lightning_rigl.methods.base import Method
+from lightning_rigl.model import initial_masks
+from lightning_rigl.model.mask_files import unpack_masks
+from lightning_rigl.model.sparsifier import Sparsifier
+from lightning_rigl.topology.distributions import Distribution
+from lightning_rigl.topology.patterns import Pattern
+from lightning_rigl.topology.schedules import UpdateSchedule
+from lightning_rigl.topology.tables import Table
+
+
+class RigLCallback(Callback):
+    """Train a sparse network from the first step, with RigL or one of its relatives.
+
+    The masks live here; the weights of inactive connections are real zeros in ordinary parameters, so that
+    the model's own checkpoints load without this package. A topology update takes the place of an optimizer
+    step.
+
+    Args:
+        sparsity: fraction of zeros over the sparse layers, in [0, 1); or regular expression (searched in the
+            parameter name, first match wins) -> sparsity of that layer, unmatched layers staying dense.
+        method: who decides what is dropped and grown: rigl, set, static, or a Method.
+        distribution: how the connections are shared between layers: erk, er, uniform, or a Distribution.
+        schedule: when the topology is updated and how much of it; None is the method's own default. A method
+            that never updates ignores it.
+        pattern: where connections may live: unstructured, or a Pattern.
+        include: regular expressions of the parameters to make sparse, in place of the default: linear layers,
+            convolutions except depthwise ones, RNN weights, attention projections.
+        exclude: regular expressions of parameters that stay dense.
+        init: random masks, those of largest magnitude of a pretrained model, the nonzero weights as they are,
+            or the path of a checkpoint or mask file.
+        seed: of all randomness here; None is the first process's torch.initial_seed(). The global generator
+            is never used.
+
+    Raises:
+        ValueError: bad input, before anything is changed.
+
+    Reference:
+        Evci et al., *Rigging the Lottery*, ICML 2020, arXiv:1911.11134.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_rigl import RigLCallback, UpdateSchedule
+        >>> rigl = RigLCallback(sparsity=0.9, schedule=UpdateSchedule(every=100, end=0.75))
+        >>> trainer = Trainer(callbacks=[rigl], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] = 0.9,
+        method: Method | str = "rigl",
+        distribution: Distribution | str = "erk",
+        schedule: UpdateSchedule | None = None,
+        pattern: Pattern | str = "unstructured",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        init: Literal["random", "magnitude", "nonzero"] | str = "random",
+        seed: int | None = None,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "sparsity": sparsity,
+            "method": Method.of(method),
+            "distribution": Distribution.of(distribution),
+            "schedule": schedule,
+            "pattern": Pattern.of(pattern),
+            "include": include,
+            "exclude": exclude,
+            "init": init,
+            "seed": seed,
+        }
+        initial_masks.check(sparsity, self.settings["distribution"], init)
+        if schedule is not None and not isinstance(schedule, UpdateSchedule):
+            raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
+        self.sparsifier: Sparsifier | None = None
+        self._state: dict[str, Any] = {}  # of a checkpoint, until the model is there
+        self._resumed = False
+        self._steps: dict[int, int] = {}  # of each optimizer, in manual optimization
+        self._updated = False  # in this batch
+        self._said: set[str] = set()
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Cleaned parameter name -> bool tensor, True = active; they change in place at updates."""
+        if self.sparsifier is not None:
+            return self.sparsifier.masks
+        if self._state:
+            return unpack_masks(self._state["masks"])
+        raise RuntimeError("there are no masks yet: trainer.fit makes them, or loads them with a checkpoint")
+
+    def summary(self) -> Table:
+        """A table of the sparse layers: shape, active of total, density. Print it."""
+        if self.sparsifier is None:
+            raise RuntimeError("there is no sparse model yet: call summary() after trainer.fit has started")
+        return self.sparsifier.summary()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is changed."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        sharded = isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
+        if sharded or "XLA" in type(strategy).__name__:
+            raise MisconfigurationException(
+                f"RigLCallback does not run with {type(strategy).__name__}: it needs the whole gradient of "
+                "each layer in each process; use strategy='ddp' or a single device"
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if any(isinstance(callback, ModelPruning) for callback in callbacks):
+            raise MisconfigurationException(
+                "RigLCallback and ModelPruning both decide which weights are zero; remove one of them"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the masks, or take those of the checkpoint; from here on the model is sparse."""
+        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "RigLCallback does not work with LBFGS: its history mixes all weights, and it evaluates "
+                "several gradients a step; use a first-order optimizer such as SGD or AdamW"
+            )
+        state, self._state = self._state, {}
+        self._resumed = bool(state)
+        if state:
+            self.sparsifier = self._new_sparsifier(trainer, pl_module, unpack_masks(state["masks"]))
+            self.sparsifier.load_state_dict(state)
+        elif self.sparsifier is None or self.sparsifier.model is not pl_module:
+            self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
+            self._steps = {}
+
+    def _new_sparsifier(
+        self, trainer: Trainer, module: LightningModule, init: str | dict[str, Tensor]
+    ) -> Sparsifier:
+        own = self.settings["seed"]
+        seed = trainer.strategy.broadcast(torch.initial_seed() if own is None else own)
+        return Sparsifier(module, **{**self.settings, "init": init, "seed": int(seed)})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve the schedule now that the length of training is known; a resumed run keeps its own."""
+        sparsifier = self._active()
+        total = trainer.estimated_stepping_batches
+        length = int(total) if math.isfinite(total) and total >= 0 else None
+        if trainer.global_step == 0:
+            self._steps = {}
+        if not self._resumed or trainer.global_step == 0:
+            own_steps = None if self._steps else 0  # in manual optimization; None goes on
+            sparsifier.start(length, trainer.global_step if pl_module.automatic_optimization else own_steps)
+        self._warn_if_short(trainer, length)
+        self._log_hyperparameters(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Update the topology in place of this step, or mask the gradients before they are clipped."""
+        sparsifier = self._active()
+        if sparsifier.before_step(optimizer, self._count_step(trainer, pl_module, optimizer)):
+            self._updated = True
+        elif sparsifier.postponed:
+            self._say(
+                "a topology update was due but a gradient was not finite; it takes place at the next step "
+                "whose gradients are finite"
+            )
+
+    def _count_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
+        """Steps already done by this optimizer: the trainer's count, or our own where several may step."""
+        if module.automatic_optimization:
+            return trainer.global_step
+        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+        self._steps[index] = self._steps.get(index, 0) + 1
+        return self._steps[index] - 1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore the zeros where an optimizer moves them, and log."""
+        sparsifier = self._active()
+        sparsifier.after_step()
+        if sparsifier.mixing:
+            self._say("the optimizer moves inactive weights; they are set back to zero after each step")
+        log_step(trainer, pl_module, lambda: self._levels(), event=self._updated)
+        self._updated = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the levels, so that they can be monitored."""
+        if not trainer.barebones:
+            log_levels(pl_module, self._levels(), on_step=False)
+        thawed = [name for name, parameter in self._active().frozen.items() if parameter.requires_grad]
+        if thawed:
+            names = ", ".join(thawed[:5])
+            self._say(f"{names} were frozen when the masks were made: they train now, and stay dense")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks at one bit a weight, the resolved schedule and the counters, in plain types."""
+        if self.sparsifier is None:
+            return self._state
+        return {**self.sparsifier.state_dict(), "steps": dict(self._steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the fit starts and the model is there."""
+        self._state = state_dict
+        self._steps = dict(state_dict.get("steps", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model: masks and counters travel as a checkpoint's state."""
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict", "sparsifier")}
+        return {**kept, "sparsifier": None, "_state": self.state_dict()}
+
+    def _active(self) -> Sparsifier:
+        assert self.sparsifier is not None, "on_fit_start makes it"
+        return self.sparsifier
+
+    def _levels(self) -> dict[str, float]:
+        sparsifier = self._active()
+        return {
+            "sparsity/density": sparsifier.density,
+            "sparsity/drop_fraction": sparsifier.drop_fraction,
+            "sparsity/updates": float(sparsifier.updates),
+        }
+
+    def _warn_if_short(self, trainer: Trainer, length: int | None) -> None:
+        timetable = self._active().timetable
+        trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if timetable is None or length is None or trial:
+            return
+        if timetable.begin >= min(length, timetable.end):
+            self._say(
+                f"no topology update will take place: the first is due at step {timetable.begin}, updates end "
+                f"at {timetable.end}, training has {length} steps; lower UpdateSchedule(every=..., begin=...)"
+            )
+        elif length < timetable.end:
+            self._say(
+                f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
+            )
+
+    def _log_hyperparameters(self, trainer: Trainer) -> None:
+        sparsifier = self._active()
+        end = sparsifier.timetable.end if sparsifier.timetable else None
+        resolved = {**self.settings, "schedule": sparsifier.schedule, "seed": sparsifier.seed, "end": end}
+        plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in resolved.items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({f"sparsity/{name}": value for name, value in plain.items()})
+
+    def _say(self, message: str) -> None:
+        """A warning, once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"RigLCallback: {message}.")
