@@ -18,6 +18,7 @@ ALLOWED_THIRD_PARTY = {
         "typing",
         "difflib",
         "inspect",
+        "re",
         "rich",
     },
     1: {"lightning", "lightning_fabric", "pytorch_lightning"},  # refused here, anything else is allowed

@@ -238,8 +238,8 @@ class RigLCallback(Callback):
             return
         if timetable.begin >= min(length, timetable.end):
             self._say(
-                f"no topology update will take place: the first is due at step {timetable.begin}, updates end "
-                f"at {timetable.end}, training has {length} steps; lower UpdateSchedule(every=..., begin=...)"
+                f"no topology update will take place: the first is due at step {timetable.begin}, updates "
+                f"end at {timetable.end}, training has {length} steps; lower every, or begin"
             )
         elif length < timetable.end:
             self._say(

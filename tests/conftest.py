@@ -1,0 +1,15 @@
+"""Every test starts from one seed, on one thread (the networks are tiny), and leaves no folder behind."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_folder(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)

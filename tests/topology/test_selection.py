@@ -1,0 +1,87 @@
+"""Scores and counts -> masks: exact, ties by the lower flat index, the same on every dtype."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_rigl.topology.selection import drop, grow, top
+
+
+def slow_top(scores, count, among):
+    order = sorted((i for i in range(len(scores)) if among[i]), key=lambda i: (-float(scores[i]), i))
+    return sorted(order[:count])
+
+
+@st.composite
+def problems(draw):
+    size = draw(st.integers(1, 200))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+    few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, float("inf"), float("-inf"), 1e-40])
+    any_value = st.floats(allow_nan=False, width=32)
+    scores = draw(st.lists(st.one_of(few_values, any_value), min_size=size, max_size=size))
+    among = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    count = draw(st.integers(0, sum(among)))
+    return torch.tensor(scores, dtype=torch.float64).to(dtype), count, torch.tensor(among)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_top_equals_sorting(problem):
+    scores, count, among = problem
+    assert top(scores, count, among).nonzero().view(-1).tolist() == slow_top(scores, count, among)
+
+
+def test_ties_go_to_the_lower_index():
+    everything = torch.ones(6, dtype=torch.bool)
+    assert top(torch.tensor([1.0, 2, 2, 2, 0, 2]), 2, everything).tolist() == [0, 1, 1, 0, 0, 0]
+    assert top(torch.zeros(6), 3, everything).tolist() == [1, 1, 1, 0, 0, 0]
+    assert top(torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0, 0.0]), 2, everything).tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_scores_that_share_their_upper_bits_are_told_apart():
+    one = torch.tensor(1.0)
+    close = torch.stack([one, torch.nextafter(one, one + 1), one, torch.nextafter(one, one + 1)])
+    assert top(close, 2, torch.ones(4, dtype=torch.bool)).tolist() == [False, True, False, True]
+    fine = torch.tensor([1.0, 1.0 + 2**-52, 1.0, 1.0 + 2**-51], dtype=torch.float64)
+    assert top(fine, 1, torch.ones(4, dtype=torch.bool)).tolist() == [False, False, False, True]
+
+
+def test_drop_never_keeps_an_inactive_connection_and_grow_never_takes_a_kept_one():
+    active = torch.tensor([True, True, False, False, True])
+    kept = drop(torch.zeros(5), active, 1)  # all tie at zero with the inactive ones
+    assert kept.tolist() == [True, True, False, False, False]
+    new = grow(torch.zeros(5), kept, 1)
+    assert new.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("count", [-1, 3])
+def test_a_count_outside_the_candidates_is_refused(count):
+    with pytest.raises(ValueError, match=f"select {count} of 2 candidates"):
+        top(torch.zeros(3), count, torch.tensor([True, False, True]))
+
+
+def test_no_layer_is_sorted():
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch() as watch:
+        top(torch.randn(100_000), 1_000, torch.ones(100_000, dtype=torch.bool))
+    assert not watch.names & {"sort", "topk", "kthvalue", "argsort"}
+
+
+def test_large_layers_with_massive_ties():
+    scores = torch.randint(0, 3, (300, 1000)).float()
+    among = torch.rand(300, 1000) < 0.5
+    chosen = top(scores, 60_000, among)
+    order = torch.where(among, scores, -1.0).view(-1).argsort(descending=True, stable=True)
+    expected = torch.zeros(300_000, dtype=torch.bool)
+    expected[order[:60_000]] = True
+    assert torch.equal(chosen.view(-1), expected)
