@@ -24,9 +24,17 @@ def log_step(
     levels: Callable[[], Mapping[str, float]],
     event: bool = False,
 ) -> None:
-    """Log levels from ``on_train_batch_end`` if `should_log` says so; they are not computed otherwise."""
-    if should_log(trainer, event):
+    """Log levels from ``on_train_batch_end`` if `should_log` says so; they are not computed otherwise.
+
+    Lightning passes on to the loggers, every ``log_every_n_steps``, what its module logged last; an event in
+    between goes to the loggers directly, at its own step.
+    """
+    if should_log(trainer):
         log_levels(module, levels(), on_step=True)
+    elif should_log(trainer, event):
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of `LightningModule.log`
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(levels()), step=step)
 
 
 def log_levels(module: LightningModule, levels: Mapping[str, float], on_step: bool) -> None:

@@ -1,0 +1,493 @@
+"""RigLCallback inside the real Trainer."""
+
+import copy
+import csv
+import pickle
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_rigl import ERK, RigLCallback, Sparsifier, UpdateSchedule
+from tests.callbacks.problems import Small, data, small, trainer
+from tests.model.problems import Noisy
+
+SCHEDULE = UpdateSchedule(every=6, end=0.75, drop_fraction=0.5)
+
+
+class Watch(pl.Callback):
+    """What holds after each batch: the zeros, the counts, and the step at which each update came."""
+
+    def __init__(self, rigl):
+        self.rigl, self.updates, self.weights = rigl, [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        sparsifier = self.rigl.sparsifier
+        for name, mask in self.rigl.masks.items():
+            assert int(mask.sum()) == sparsifier.counts[name]
+            assert (module.get_parameter(name)[~mask] == 0).all()
+        if sparsifier.updates > len(self.updates):
+            self.updates.append(trainer.global_step - 1)
+        self.weights.append(module.net[0].weight.detach().clone())
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "static"])
+def test_a_fit_keeps_the_zeros_and_updates_on_the_grid(method):
+    rigl = RigLCallback(0.8, method, schedule=SCHEDULE)
+    watch = Watch(rigl)
+    trainer(rigl, watch).fit(small(), data())
+    assert watch.updates == ([] if method == "static" else [6, 12, 18, 24])
+    for step in watch.updates:
+        changed = watch.weights[step] != watch.weights[step - 1]
+        assert (watch.weights[step][changed] == 0).all()  # dropped, and nothing else moved
+
+
+def test_the_trainer_equals_a_plain_loop():
+    module, rigl = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE, seed=4)
+    trainer(rigl).fit(module, data(dtype=torch.float64))
+    plain = small(dtype=torch.float64)
+    sparsifier = Sparsifier(plain, 0.8, schedule=SCHEDULE, seed=4)
+    sparsifier.start(total_steps=40)
+    optimizer = plain.configure_optimizers()
+    step = 0
+    for _ in range(5):
+        for x, y in data(dtype=torch.float64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(x), y).backward()
+            sparsifier.before_step(optimizer, step)
+            optimizer.step()
+            sparsifier.after_step()
+            step += 1
+    assert equal(weights(module), weights(plain))
+    assert all(torch.equal(rigl.masks[k], sparsifier.masks[k]) for k in rigl.masks)
+
+
+def test_the_model_is_sparse_from_the_first_forward_and_in_the_sanity_check():
+    class Look(Small):
+        densities = []  # noqa: RUF012
+
+        def forward(self, x):
+            self.densities.append(float((self.net[0].weight != 0).float().mean()))
+            return super().forward(x)
+
+    trainer(RigLCallback(0.8), max_epochs=1, num_sanity_val_steps=2).fit(Look(), data(), data())
+    assert max(Look.densities) < 0.2
+
+
+def test_gradients_are_masked_before_they_are_clipped():
+    module, rigl = small(dtype=torch.float64), RigLCallback(0.9, "static", seed=1)
+    trainer(rigl, max_epochs=1, gradient_clip_val=0.1).fit(module, data(dtype=torch.float64))
+    plain = small(dtype=torch.float64)
+    masks = {name: mask.double() for name, mask in rigl.masks.items()}
+    optimizer = plain.configure_optimizers()
+    for name, mask in masks.items():
+        plain.get_parameter(name).data.mul_(mask)
+    for x, y in data(dtype=torch.float64):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        for name, mask in masks.items():
+            plain.get_parameter(name).grad.mul_(mask)
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    runs = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        module, rigl = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE, seed=4)
+        trainer(rigl, accumulate_grad_batches=accumulate).fit(
+            module, data(batch_size=size, dtype=torch.float64)
+        )
+        runs.append((weights(module), rigl.masks, rigl.sparsifier.updates))
+    (first, masks, updates), (second, others, same) = runs
+    assert updates == same == 4
+    assert all(torch.equal(masks[k], others[k]) for k in masks)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [lambda p: torch.optim.AdamW(p, 0.01), lambda p: torch.optim.SGD(p, 0.1, 0.9)]
+)
+@pytest.mark.parametrize("method", ["rigl", "set", "static"])
+def test_resuming_at_an_epoch_end_is_bitwise_exact(method, optimizer, tmp_path):
+    def run(epochs, ckpt=None):
+        module = small(optimizer=optimizer)
+        rigl = RigLCallback(0.8, method, schedule=UpdateSchedule(every=6, end=30, drop_fraction=0.5), seed=4)
+        keep = ModelCheckpoint(tmp_path / method, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        trainer(rigl, keep, enable_checkpointing=True, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
+        return weights(module), rigl
+
+    straight, rigl = run(5)
+    for epoch in (0, 2):  # steps 8 and 24, the second one just before the update due there
+        resumed, again = run(5, tmp_path / method / f"epoch={epoch}.ckpt")
+        assert equal(straight, resumed)
+        assert all(torch.equal(rigl.masks[k], again.masks[k]) for k in rigl.masks)
+        assert again.sparsifier.updates == rigl.sparsifier.updates == (0 if method == "static" else 4)
+
+
+def test_a_resumed_run_keeps_the_schedule_it_resolved(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(RigLCallback(0.8, schedule=SCHEDULE), keep, enable_checkpointing=True).fit(small(), data())
+    rigl = RigLCallback(0.8, schedule=SCHEDULE)
+    trainer(rigl, max_epochs=10).fit(small(), data(), ckpt_path=tmp_path / "last.ckpt")
+    assert rigl.sparsifier.timetable.end == 30  # 0.75 of the first run
+
+
+def test_the_checkpoint_is_a_plain_one(tmp_path):
+    rigl, module = RigLCallback(0.8), small()
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    keys = set(module.state_dict())
+    fit = trainer(rigl, keep, enable_checkpointing=True)
+    fit.fit(module, data())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)  # plain types only
+    assert set(saved["state_dict"]) == set(module.state_dict()) == keys
+    state = saved["callbacks"]["RigLCallback"]
+    assert sum(entry["bits"].numel() for entry in state["masks"].values()) == (16 * 24 + 24 * 4) // 8
+    loaded = Small.load_from_checkpoint(tmp_path / "last.ckpt", strict=True)
+    x = torch.randn(3, 16)
+    assert torch.equal(loaded(x), module(x))
+    assert not [name for name, _ in module.named_buffers()]
+
+
+def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
+    with pytest.raises(ValueError, match="method RigL, and this one has SET"):
+        trainer(RigLCallback(0.8, "set"), max_epochs=9).fit(small(), data(), ckpt_path=tmp_path / "last.ckpt")
+    other = small()
+    other.net[0] = nn.Linear(16, 30)
+    with pytest.raises(ValueError, match=r"net\.0\.weight is \(24, 16\) in the masks and \(30, 16\)"):
+        trainer(RigLCallback(0.8, init=str(tmp_path / "last.ckpt"))).fit(other, data())
+
+
+def test_masks_of_a_checkpoint_start_a_new_run(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    first = RigLCallback(0.8)
+    trainer(first, keep, enable_checkpointing=True).fit(small(), data())
+    second = RigLCallback(method="static", init=str(tmp_path / "last.ckpt"))
+    trainer(second).fit(small(seed=5), data())
+    assert all(torch.equal(first.masks[k], second.masks[k]) for k in first.masks)
+    assert all((m.sum() < m.numel()).item() for m in second.masks.values())
+
+
+def test_pickle_and_deepcopy_leave_the_model_behind():
+    rigl, module = RigLCallback(0.8), small()
+    trainer(rigl).fit(module, data())
+    for twin in (pickle.loads(pickle.dumps(rigl)), copy.deepcopy(rigl)):
+        assert all(torch.equal(rigl.masks[k], twin.masks[k]) for k in rigl.masks)
+        assert twin.sparsifier is None
+        assert twin.state_dict()["updates"] == rigl.sparsifier.updates
+    assert len(pickle.dumps(rigl)) < 4000  # 12.5 kB with the module
+    clone = copy.deepcopy(module)
+    assert equal(weights(module), weights(clone))
+
+
+def test_fit_again_goes_on_and_a_new_model_starts_anew():
+    rigl, module = RigLCallback(0.8, schedule=UpdateSchedule(every=6, end=60)), small()
+    fit = trainer(rigl, max_epochs=5)
+    fit.fit(module, data())
+    sparsifier, updates = rigl.sparsifier, rigl.sparsifier.updates
+    fit.fit_loop.max_epochs = 7
+    fit.fit(module, data())
+    assert rigl.sparsifier is sparsifier
+    assert (updates, sparsifier.updates) == (6, 9)  # 6 .. 36, then 42, 48, 54
+    masks = sparsifier.masks
+    trainer(rigl).fit(small(seed=7), data())
+    assert rigl.sparsifier is not sparsifier
+    assert masks is not rigl.masks
+
+
+def test_validate_before_fit_changes_nothing():
+    rigl, module = RigLCallback(0.8), small()
+    before = weights(module)
+    trainer(rigl).validate(module, data(), verbose=False)
+    assert equal(before, weights(module))
+    with pytest.raises(RuntimeError, match=r"trainer\.fit makes them"):
+        _ = rigl.masks
+    with pytest.raises(RuntimeError, match="call summary"):
+        rigl.summary()
+    trainer(rigl).fit(module, data())
+    assert rigl.masks
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"fast_dev_run": True},
+        {"barebones": True},
+        {"overfit_batches": 2},
+        {"limit_train_batches": 3},
+        {"max_steps": 9},
+    ],
+    ids=str,
+)
+def test_trainer_modes(arguments):
+    rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2))
+    settings = {**arguments}
+    if "barebones" in arguments:
+        settings |= {
+            "logger": None,
+            "enable_checkpointing": None,
+            "enable_progress_bar": None,
+            "enable_model_summary": None,
+        }
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(rigl, Watch(rigl), **settings).fit(small(), data())
+    assert not [w for w in said if "RigLCallback" in str(w.message)]
+
+
+def test_a_run_too_short_is_said_once():
+    with pytest.warns(UserWarning, match="no topology update will take place: the first is due at step 100"):
+        trainer(RigLCallback(0.8)).fit(small(), data())
+    with pytest.warns(UserWarning, match="training has 40 steps and ends before the updates do, at 50"):
+        trainer(RigLCallback(0.8, schedule=UpdateSchedule(every=5, end=50))).fit(small(), data())
+    for quiet in (RigLCallback(0.8, "static"), RigLCallback(0.8, schedule=SCHEDULE)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(quiet).fit(small(), data())
+        assert not [w for w in said if "RigLCallback" in str(w.message)]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(16), 1
+
+
+def test_unknown_length_of_training():
+    loader = DataLoader(Endless(), batch_size=4)
+    rigl = RigLCallback(0.8)
+    module = small()
+    with pytest.raises(ValueError, match=r"end=<steps>.*max_steps"):
+        trainer(rigl, limit_train_batches=3, max_epochs=-1).fit(module, loader)
+    rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2, end=9))
+    trainer(rigl, max_steps=12, max_epochs=-1).fit(small(), loader)
+    assert rigl.sparsifier.updates == 4
+
+
+class Poison(pl.Callback):
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step in (6, 7):
+            module.net[0].weight.grad.view(-1)[0] = float("inf")
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_is_postponed_and_said_once():
+    rigl = RigLCallback(0.8, "set", schedule=SCHEDULE, seed=0)
+    watch = Watch(rigl)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(rigl, watch, Poison()).fit(small(), data())
+    assert len([w for w in said if "was not finite" in str(w.message)]) == 1
+    assert watch.updates[0] == 8
+    assert watch.updates[1] == 12  # the grid did not move
+
+
+def test_an_optimizer_that_moves_inactive_weights_is_noticed_and_said_once():
+    rigl = RigLCallback(0.8, schedule=SCHEDULE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(rigl, Watch(rigl)).fit(small(optimizer=lambda p: Noisy(p, 0.1)), data())
+    assert len([w for w in said if "moves inactive weights" in str(w.message)]) == 1
+
+
+def test_mixed_precision_with_a_real_scaler_masks_what_the_scaler_sees():
+    module, rigl = small(), RigLCallback(0.8, schedule=SCHEDULE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    watch = Watch(rigl)
+    trainer(rigl, watch, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(module, data())
+    assert watch.updates == [6, 12, 18, 24]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+class Manual(Small):
+    """Two optimizers that step at different rates."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(16, 4)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for optimizer, net in ((first, self.net), (second, self.other)):
+            if optimizer is second and batch_idx % 2:
+                continue
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.AdamW(self.other.parameters(), 0.01)
+
+
+def test_in_manual_optimization_each_optimizer_counts_its_own_steps():
+    torch.manual_seed(0)
+    module, rigl = Manual(), RigLCallback(0.6, schedule=UpdateSchedule(every=6, end=20))
+    trainer(rigl).fit(module, data())
+    assert rigl._steps == {0: 40, 1: 20}
+    assert rigl.sparsifier._last == {"net.0.weight": 18, "net.2.weight": 18, "other.weight": 18}
+    assert rigl.sparsifier.updates == 6
+
+
+class TestLogging:
+    """Levels at the trainer's rhythm, events at once, settings as hyperparameters."""
+
+    def test_csv(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        rigl = RigLCallback(0.8, schedule=SCHEDULE, seed=3)
+        trainer(rigl, logger=logger, log_every_n_steps=10).fit(small(), data())
+        rows = list(csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()))
+        updates = {int(r["step"]): float(r["sparsity/updates"]) for r in rows if r["sparsity/updates"]}
+        assert {6: 1, 12: 2, 18: 3, 24: 4}.items() <= updates.items()
+        assert {9, 19, 29, 39} <= updates.keys()
+        assert len(updates) < 20  # not every step
+        density = [float(r["sparsity/density"]) for r in rows if r["sparsity/density"]]
+        assert density == pytest.approx(
+            [sum(rigl.sparsifier.counts.values()) / 480] * len(density), abs=1e-12
+        )
+        settings = yaml.safe_load((tmp_path / "lightning_logs/version_0/hparams.yaml").read_text())
+        assert settings["sparsity/sparsity"] == 0.8
+        assert settings["sparsity/seed"] == 3
+        assert settings["sparsity/end"] == 30
+
+    def test_levels_can_be_monitored(self, tmp_path):
+        rigl = RigLCallback(0.8, schedule=SCHEDULE)
+        keep = ModelCheckpoint(tmp_path, monitor="sparsity/updates", mode="max")
+        fit = trainer(rigl, keep, logger=TensorBoardLogger(tmp_path), enable_checkpointing=True)
+        fit.fit(small(), data())
+        assert float(keep.best_model_score) == 4
+        assert set(fit.callback_metrics) >= {"sparsity/density", "sparsity/drop_fraction", "sparsity/updates"}
+
+    def test_no_log_call_on_ordinary_steps(self):
+        class Count(Small):
+            calls = 0
+
+            def log(self, name, *args, **kwargs):
+                Count.calls += name.startswith("sparsity/")
+                super().log(name, *args, **kwargs)
+
+        trainer(RigLCallback(0.8, "static"), log_every_n_steps=20).fit(Count(), data())
+        assert Count.calls == 3 * (2 + 5)  # two flushes, five epochs
+
+
+class TestRefusals:
+    """Bad input, before anything is changed."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"sparsity": 1.2}, r"\[0, 1\)"),
+            ({"sparsity": {"net": 1.0}}, r"\[0, 1\)"),
+            ({"sparsity": {"net": 0.5}, "distribution": ERK(power=0.5)}, "leave it out"),
+            ({"method": "rigle"}, "rigl, set, static; did you mean 'rigl'"),
+            ({"distribution": "erkk"}, "did you mean 'erk'"),
+            ({"pattern": "nm"}, "unstructured"),
+            ({"init": "pretrained"}, "'random', 'magnitude', 'nonzero'"),
+        ],
+    )
+    def test_by_the_constructor(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            RigLCallback(**arguments)
+
+    def test_other_types_by_the_constructor(self):
+        with pytest.raises(TypeError, match="UpdateSchedule"):
+            RigLCallback(schedule={"every": 10})
+        with pytest.raises(TypeError, match="init"):
+            RigLCallback(init=3)
+
+    def test_model_pruning(self):
+        with pytest.raises(MisconfigurationException, match="ModelPruning"):
+            trainer(RigLCallback(), ModelPruning("l1_unstructured")).fit(small(), data())
+
+    def test_lbfgs(self):
+        module = small(optimizer=lambda p: torch.optim.LBFGS(p))
+        before = weights(module)
+        with pytest.raises(MisconfigurationException, match="LBFGS"):
+            trainer(RigLCallback()).fit(module, data())
+        assert equal(before, weights(module))
+
+    @pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+    def test_sharded_strategies(self, name):
+        strategy = object.__new__(getattr(pl.strategies, name))
+        fit = trainer()
+        fit.strategy.__class__ = type(strategy)
+        with pytest.raises(MisconfigurationException, match=f"does not run with {name}"):
+            RigLCallback().setup(fit, small(), "fit")
+
+    def test_a_pattern_that_matches_nothing_leaves_the_weights(self):
+        module = small()
+        before = weights(module)
+        with pytest.raises(ValueError, match="near misses"):
+            trainer(RigLCallback(exclude=["head"])).fit(module, data())
+        assert equal(before, weights(module))
+
+
+def test_frozen_parameters_that_thaw_are_said():
+    class Thaw(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.net[0].requires_grad_(trainer.current_epoch > 0)
+
+    module = small()
+    module.net[0].requires_grad_(False)
+    rigl = RigLCallback(0.5, "static")
+    with pytest.warns(UserWarning, match=r"net\.0\.weight were frozen"):
+        trainer(rigl, Thaw()).fit(module, data())
+    assert list(rigl.masks) == ["net.2.weight"]
+
+
+def test_two_processes_agree(tmp_path):
+    """Masks and weights are the same on both ranks, and those of one process with the joined batch."""
+
+    class Agree(pl.Callback):
+        def on_train_end(self, trainer, module):
+            mine = [*weights(module), *(m.float() for m in rigl.masks.values())]
+            theirs = trainer.strategy.broadcast(mine, src=1)
+            assert equal(mine, theirs)
+            if trainer.global_rank == 0:
+                torch.save((weights(module), rigl.masks), tmp_path / "two.pt")
+
+    rigl = RigLCallback(0.8, schedule=SCHEDULE)
+    settings = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    halves = data(batch_size=4, dtype=torch.float64)
+    halves = DataLoader(halves.dataset, batch_size=4, sampler=Halves(len(halves.dataset)))
+    trainer(rigl, Agree(), **settings).fit(small(dtype=torch.float64), halves)
+    two, two_masks = torch.load(tmp_path / "two.pt")
+    module, single = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE)
+    trainer(single).fit(module, data(batch_size=8, dtype=torch.float64))
+    assert all(torch.equal(two_masks[k], single.masks[k]) for k in two_masks)
+    for a, b in zip(two, weights(module), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+class Halves(torch.utils.data.Sampler):
+    """Of every batch of eight, the first four to rank 0 and the last four to rank 1."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank()
+        return iter([8 * i + 4 * rank + j for i in range(self.size // 8) for j in range(4)])
+
+    def __len__(self):
+        return self.size // 2
