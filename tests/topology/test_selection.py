@@ -66,15 +66,36 @@ def test_no_layer_is_sorted():
     class Watch(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.names = set()
+            self.sizes = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.add(func.overloadpacket.__name__)
+            if func.overloadpacket.__name__ in ("sort", "topk", "kthvalue", "argsort", "msort"):
+                self.sizes.append(args[0].numel())
             return func(*args, **(kwargs or {}))
 
     with Watch() as watch:
-        top(torch.randn(100_000), 1_000, torch.ones(100_000, dtype=torch.bool))
-    assert not watch.names & {"sort", "topk", "kthvalue", "argsort"}
+        top(torch.randn(1_000_000), 10_000, torch.ones(1_000_000, dtype=torch.bool))
+    assert max(watch.sizes) <= 5_000  # a sample
+
+
+@pytest.mark.parametrize("shape", ["random", "ascending", "descending", "periodic", "constant", "few"])
+@pytest.mark.parametrize("share", [0.0001, 0.03, 0.5, 0.97])
+def test_large_layers_are_exact_whatever_the_sample_sees(shape, share):
+    size = 200_003
+    scores = {
+        "random": torch.randn(size),
+        "ascending": torch.arange(size).float(),
+        "descending": -torch.arange(size).float(),
+        "periodic": torch.arange(size).remainder(49).float(),  # follows the sample's stride
+        "constant": torch.zeros(size),
+        "few": torch.zeros(size).index_fill(0, torch.tensor([5, size - 1]), 1.0),
+    }[shape]
+    among = torch.rand(size) < 0.6
+    count = int(share * int(among.sum()))
+    order = torch.where(among, scores, float("-inf")).argsort(descending=True, stable=True)
+    expected = torch.zeros(size, dtype=torch.bool)
+    expected[order[:count]] = True
+    assert torch.equal(top(scores, count, among), expected)
 
 
 def test_large_layers_with_massive_ties():
