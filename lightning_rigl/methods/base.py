@@ -77,3 +77,18 @@ class Method(Part):
     @abstractmethod
     def grow_score(self, layer: Connections) -> Tensor:
         """How promising each connection is: the highest outside the kept ones grow. Shape of the weight."""
+
+
+def runnable(method: Method) -> Method:
+    """The method, if this version can run it; ValueError if it declares a fact that has no engine yet."""
+    facts = {
+        "gradient='every_step'": method.gradient == "every_step",
+        "starts_dense": method.starts_dense,
+        "scope='model'": method.scope == "model",
+        "latent": method.latent,
+    }
+    if missing := [fact for fact, declared in facts.items() if declared]:
+        raise ValueError(
+            f"method {type(method).__name__} declares {', '.join(missing)}, which this version does not run"
+        )
+    return method

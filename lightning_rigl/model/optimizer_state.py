@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -14,6 +14,13 @@ from torch.optim import Optimizer
 def mixes_coordinates(optimizer: Optimizer) -> bool:
     """Whether the optimizer is known to move weights whose own gradient and state are zero."""
     return type(optimizer).__name__ == "Muon"
+
+
+def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether no gradient holds a nan or an infinity; reads the result back from the device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # a sum is finite only if all terms are; a half type could overflow on the way
+    return all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
 
 
 def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rigl.methods.base import Connections, Method
+from lightning_rigl.methods.base import Connections, Method, runnable
 from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state
 from lightning_rigl.topology import bits
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
-from lightning_rigl.topology.tables import Table
+from lightning_rigl.topology.tables import Table, density_table
 
 
 class Sparsifier:
@@ -74,7 +74,7 @@ class Sparsifier:
         seed: int | None = None,
     ) -> None:
         self.model = model
-        self.method = supported(Method.of(method))
+        self.method = runnable(Method.of(method))
         self.pattern = Pattern.of(pattern)
         self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
         self.seed = torch.initial_seed() if seed is None else seed
@@ -90,7 +90,8 @@ class Sparsifier:
         self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
         self.timetable: Timetable | None = None
         self._last = dict.fromkeys(self.masks, -1)  # the step of each layer's last update
-        self._zeros_unchecked = True
+        self._zeros_unchecked = True  # until an optimizer has made a step
+        self._ordinary = False  # the last step was no update
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._apply_masks()
 
@@ -123,12 +124,12 @@ class Sparsifier:
             Whether the topology was updated.
         """
         names = self._names_in(optimizer)
-        due = (
-            bool(names) and self.timetable is not None and self.timetable.due(step, self._last_update(names))
-        )
-        if due and not self._gradients_are_finite(names):
+        last = max((self._last[name] for name in names), default=step)
+        due = self.timetable is not None and self.timetable.due(step, last)
+        if due and not optimizer_state.gradients_are_finite(self.parameters[name] for name in names):
             self.postponed += 1
             due = False
+        self._ordinary = not due
         if due:
             self.update(optimizer, step)
         else:
@@ -138,7 +139,7 @@ class Sparsifier:
 
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
-        if self._zeros_unchecked:
+        if self._zeros_unchecked and self._ordinary:
             self._zeros_unchecked = False
             self._check_zeros()
         elif self.mixing:
@@ -215,14 +216,6 @@ class Sparsifier:
         names = self._names
         return [names[p] for group in optimizer.param_groups for p in group["params"] if p in names]
 
-    def _last_update(self, names: Sequence[str]) -> int:
-        return max(self._last[name] for name in names)
-
-    def _gradients_are_finite(self, names: Sequence[str]) -> bool:
-        grads = [g for name in names if (g := self.parameters[name].grad) is not None]
-        # a sum is finite only if all terms are; a half type could overflow on the way
-        return all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
-
     def _check_zeros(self) -> None:
         """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
         if any(((p.detach() != 0) > self.masks[name]).any() for name, p in self.parameters.items()):
@@ -237,19 +230,8 @@ class Sparsifier:
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density."""
-        rows = [
-            (
-                name,
-                " x ".join(map(str, mask.shape)),
-                f"{self.counts[name]:,} of {mask.numel():,}",
-                f"{self.counts[name] / mask.numel():.4f}",
-            )
-            for name, mask in self.masks.items()
-        ]
-        total = sum(mask.numel() for mask in self.masks.values())
-        footer = ("total", "", f"{sum(self.counts.values()):,} of {total:,}", f"{self.density:.4f}")
-        title = f"sparse layers ({type(self.method).__name__})"
-        return Table(title, ("layer", "shape", "active", "density"), tuple(rows), footer)
+        sizes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        return density_table(f"sparse layers ({type(self.method).__name__})", sizes, self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain types and tensors: masks at one bit a weight."""
@@ -273,6 +255,10 @@ class Sparsifier:
         """
         masks = mask_files.check_state(state, type(self.method).__name__)
         mask_files.check_masks(masks, self.parameters)
+        if missing := self.masks.keys() - masks.keys():
+            raise ValueError(
+                f"masks do not fit the model: the state has none for {', '.join(sorted(missing))}"
+            )
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
         self._apply_masks()
@@ -280,18 +266,3 @@ class Sparsifier:
         for name in ("updates", "drop_fraction", "seed", "mixing"):
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
-
-
-def supported(method: Method) -> Method:
-    """The method, if this version can run it; ValueError if it declares a fact that has no engine yet."""
-    facts = {
-        "gradient='every_step'": method.gradient == "every_step",
-        "starts_dense": method.starts_dense,
-        "scope='model'": method.scope == "model",
-        "latent": method.latent,
-    }
-    if missing := [fact for fact, declared in facts.items() if declared]:
-        raise ValueError(
-            f"method {type(method).__name__} declares {', '.join(missing)}, which this version does not run"
-        )
-    return method

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,3 +57,26 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def density_table(title: str, shapes: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> Table:
+    """Layer, shape, active of total and density; one row per layer, and their sum.
+
+    Example:
+        >>> print(density_table("one layer", {"fc": (10, 8)}, {"fc": 20}))
+        one layer
+        layer   shape    active  density
+        fc     10 x 8  20 of 80   0.2500
+        --------------------------------
+        total          20 of 80   0.2500
+    """
+
+    def row(name: str, shape: str, active: int, size: int) -> tuple[str, ...]:
+        return name, shape, f"{active:,} of {size:,}", f"{active / size:.4f}"
+
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    rows = [
+        row(name, " x ".join(map(str, shape)), counts[name], sizes[name]) for name, shape in shapes.items()
+    ]
+    total = row("total", "", sum(counts.values()), sum(sizes.values()))
+    return Table(title, ("layer", "shape", "active", "density"), tuple(rows), total)

@@ -353,6 +353,8 @@ def test_a_state_that_does_not_fit_is_refused():
         Sparsifier(network(), 0.7).load_state_dict({**saved, "version": 99})
     with pytest.raises(ValueError, match="do not fit the model"):
         Sparsifier(nn.Sequential(nn.Linear(3, 4)), 0.5).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"the state has none for 0\.weight"):
+        Sparsifier(network(), 0.7).load_state_dict(Sparsifier(network(), 0.7, exclude=["^0"]).state_dict())
 
 
 def test_an_update_before_start_is_refused():
