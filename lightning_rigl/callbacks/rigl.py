@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from lightning_rigl.callbacks.checks import (
+    refuse_optimizers,
+    refuse_trainer,
+    refuse_unknown_length,
+    training_length,
+)
 from lightning_rigl.callbacks.rhythm import log_levels, log_step
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
-from lightning_rigl.model.mask_files import unpack_masks
+from lightning_rigl.model.mask_files import check_state, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
@@ -111,34 +113,21 @@ class RigLCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is changed."""
-        if stage != "fit":
-            return
-        strategy = trainer.strategy
-        sharded = isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
-        if sharded or "XLA" in type(strategy).__name__:
-            raise MisconfigurationException(
-                f"RigLCallback does not run with {type(strategy).__name__}: it needs the whole gradient of "
-                "each layer in each process; use strategy='ddp' or a single device"
-            )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if any(isinstance(callback, ModelPruning) for callback in callbacks):
-            raise MisconfigurationException(
-                "RigLCallback and ModelPruning both decide which weights are zero; remove one of them"
-            )
+        if stage == "fit":
+            refuse_trainer(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the masks, or take those of the checkpoint; from here on the model is sparse."""
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                "RigLCallback does not work with LBFGS: its history mixes all weights, and it evaluates "
-                "several gradients a step; use a first-order optimizer such as SGD or AdamW"
-            )
+        refuse_optimizers(trainer)
         state, self._state = self._state, {}
         self._resumed = bool(state)
         if state:
-            self.sparsifier = self._new_sparsifier(trainer, pl_module, unpack_masks(state["masks"]))
+            masks = check_state(state, type(self.settings["method"]).__name__)
+            self.sparsifier = self._new_sparsifier(trainer, pl_module, masks)
             self.sparsifier.load_state_dict(state)
         elif self.sparsifier is None or self.sparsifier.model is not pl_module:
+            method = self.settings["method"]
+            refuse_unknown_length(trainer, method.schedule and (self.settings["schedule"] or method.schedule))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
             self._steps = {}
 
@@ -152,8 +141,7 @@ class RigLCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule now that the length of training is known; a resumed run keeps its own."""
         sparsifier = self._active()
-        total = trainer.estimated_stepping_batches
-        length = int(total) if math.isfinite(total) and total >= 0 else None
+        length = training_length(trainer)
         if trainer.global_step == 0:
             self._steps = {}
         if not self._resumed or trainer.global_step == 0:

@@ -79,6 +79,11 @@ class UpdateSchedule:
                 f"end={self.end} must come after begin={self.begin}; no update would ever be due"
             )
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether no moment is a fraction of training."""
+        return not isinstance(self.begin, float) and not isinstance(self.end, float)
+
     def resolve(self, total: int | None) -> Timetable:
         """The same schedule in steps.
 
@@ -89,7 +94,7 @@ class UpdateSchedule:
             ValueError: a fraction of an unknown length.
         """
         begin = self.every if self.begin is None else self.begin
-        if total is None and not (isinstance(begin, int) and isinstance(self.end, int)):
+        if total is None and not self.in_steps:
             raise ValueError(
                 f"the update schedule has begin={begin!r}, end={self.end!r}, a fraction of training, but the "
                 "length of training is unknown; give end=<steps>, or limit the training with max_steps"

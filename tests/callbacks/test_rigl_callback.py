@@ -171,8 +171,9 @@ def test_the_checkpoint_is_a_plain_one(tmp_path):
 def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="last")
     trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
+    module = small(seed=1)
     with pytest.raises(ValueError, match="method RigL, and this one has SET"):
-        trainer(RigLCallback(0.8, "set"), max_epochs=9).fit(small(), data(), ckpt_path=tmp_path / "last.ckpt")
+        trainer(RigLCallback(0.8, "set"), max_epochs=9).fit(module, data(), ckpt_path=tmp_path / "last.ckpt")
     other = small()
     other.net[0] = nn.Linear(16, 30)
     with pytest.raises(ValueError, match=r"net\.0\.weight is \(24, 16\) in the masks and \(30, 16\)"):
@@ -278,8 +279,11 @@ def test_unknown_length_of_training():
     loader = DataLoader(Endless(), batch_size=4)
     rigl = RigLCallback(0.8)
     module = small()
-    with pytest.raises(ValueError, match=r"end=<steps>.*max_steps"):
-        trainer(rigl, limit_train_batches=3, max_epochs=-1).fit(module, loader)
+    before = weights(module)
+    for endless in ({"max_epochs": -1, "limit_train_batches": 3}, {"max_epochs": 2}):
+        with pytest.raises(ValueError, match=r"end=<steps>.*max_steps"):
+            trainer(rigl, **endless).fit(module, loader)
+        assert equal(before, weights(module))
     rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2, end=9))
     trainer(rigl, max_steps=12, max_epochs=-1).fit(small(), loader)
     assert rigl.sparsifier.updates == 4
