@@ -1,6 +1,8 @@
 """Dynamic sparse training for PyTorch Lightning."""
 
+from lightning_rigl.callbacks.flops import FLOPsCallback
 from lightning_rigl.callbacks.rigl import RigLCallback
+from lightning_rigl.flops.report import FLOPsReport
 from lightning_rigl.methods.base import Connections, Method
 from lightning_rigl.methods.rigl import RigL
 from lightning_rigl.methods.set import SET
@@ -17,6 +19,8 @@ __all__ = [
     "SET",
     "Connections",
     "Distribution",
+    "FLOPsCallback",
+    "FLOPsReport",
     "Method",
     "Pattern",
     "PerLayer",

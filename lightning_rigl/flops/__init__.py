@@ -1,0 +1,1 @@
+"""Floors 0 and 1: what training and inference cost."""
