@@ -171,11 +171,6 @@ def test_the_help_of_the_parts_comes_from_their_docstrings(capsys):
         (["method=SET"], {"method": SET()}),
         (['sparsity={"net.0": 0.9, "net.2": 0.5}'], {"sparsity": {"net.0": 0.9, "net.2": 0.5}}),
         (["schedule.begin=1e1", "schedule.end=1e2"], {"schedule": UpdateSchedule(begin=10, end=100)}),
-        pytest.param(
-            ["schedule.every=1e1"],
-            {"schedule": UpdateSchedule(every=10)},
-            marks=pytest.mark.xfail(strict=True, reason="every is annotated int: jsonargparse refuses 10.0"),
-        ),
         (["schedule.end=1.0"], {"schedule": UpdateSchedule(end=1.0)}),
         (["schedule=null", "seed=5"], {"schedule": None, "seed": 5}),
         (["exclude+=net.0", "exclude+=net.2"], {"exclude": ["net.0", "net.2"]}),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 def mixes_coordinates(optimizer: Optimizer) -> bool:
     """Whether the optimizer is known to move weights whose own gradient and state are zero."""
-    return type(optimizer).__name__ == "Muon"
+    return any(kind.__name__ == "Muon" for kind in type(optimizer).__mro__)
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
@@ -55,6 +55,8 @@ def _fresh(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Paramet
     That is 0 for most optimizers, but the initial accumulator of Adagrad, the step size of Rprop, the eps of
     Adamax. A new optimizer of the same class and settings is asked, so that a user's own is right too.
     """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner  # a wrapper such as Fabric's
     probe = nn.Parameter(torch.zeros([1] * parameter.dim(), dtype=parameter.dtype, device=parameter.device))
     probe.grad = torch.zeros_like(probe)
     known = signature(type(optimizer)).parameters

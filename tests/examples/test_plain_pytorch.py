@@ -98,7 +98,6 @@ def test_a_fabric_loop_equals_the_plain_one():
         assert torch.equal(momentum, same)
 
 
-@pytest.mark.xfail(strict=True, reason="the fresh state is asked of type(optimizer), and that is Fabric's")
 def test_the_state_of_a_wrapped_optimizer_becomes_fresh():
     fabric = Fabric(accelerator="cpu", devices=1)
     adagrad = digits_run(lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.5), fabric)
