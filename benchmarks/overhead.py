@@ -134,7 +134,7 @@ def update(rounds: int) -> dict[str, Any]:
             parameter.grad = torch.randn_like(parameter)
 
     gradients()
-    sparsifier.mask_gradients(optimizer)
+    sparsifier.before_step(optimizer, -1)  # an ordinary step
     optimizer.step()  # so that there is momentum to reset
     ours, sorts = [], []
     for step in range(rounds + 1):

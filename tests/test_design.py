@@ -1,4 +1,4 @@
-"""The number of lines to read for one RigL update, from the hook to the new mask, is the one docs/design.md states."""
+"""One RigL update, from the hook to the new mask, takes as many lines to read as docs/design.md states."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections
 from lightning_rigl.methods.rigl import RigL
-from lightning_rigl.model import initial_masks, optimizer_state
+from lightning_rigl.model import initial_masks, new_mask, optimizer_state
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology import selection
 from lightning_rigl.topology.patterns import Unstructured
@@ -22,11 +22,11 @@ PATH = [
     optimizer_state.gradients_are_finite,
     Timetable,
     Sparsifier.update,
-    Sparsifier._check_zeros,
+    Sparsifier.check_zeros,
     Sparsifier.mask_weights,
-    Sparsifier._new_mask,
     Sparsifier._replace_mask,
     initial_masks.private_generator,
+    new_mask,
     Connections,
     RigL,
     Unstructured,

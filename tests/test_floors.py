@@ -19,6 +19,7 @@ ALLOWED_THIRD_PARTY = {
         "difflib",
         "inspect",
         "re",
+        "numbers",
         "rich",
     },
     1: {"lightning", "lightning_fabric", "pytorch_lightning"},  # refused here, anything else is allowed

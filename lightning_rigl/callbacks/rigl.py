@@ -19,7 +19,7 @@ from lightning_rigl.callbacks.checks import (
 from lightning_rigl.callbacks.rhythm import log_levels, log_step
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
-from lightning_rigl.model.mask_files import check_state, unpack_masks
+from lightning_rigl.model.mask_files import check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
@@ -75,6 +75,8 @@ class RigLCallback(Callback):
         init: Literal["random", "magnitude", "nonzero"] | str = "random",
         seed: int | None = None,
     ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, type(None))):
+            raise TypeError(f"seed: an int or None, got {seed!r}")
         self.settings: dict[str, Any] = {
             "sparsity": sparsity,
             "method": Method.of(method),
@@ -122,7 +124,8 @@ class RigLCallback(Callback):
         state, self._state = self._state, {}
         self._resumed = bool(state)
         if state:
-            masks = check_state(state, type(self.settings["method"]).__name__)
+            own = (self.settings[kind] for kind in ("sparsity", "method", "distribution", "pattern"))
+            masks = check_state(state, identity(*own))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, masks)
             self.sparsifier.load_state_dict(state)
         elif self.sparsifier is None or self.sparsifier.model is not pl_module:
@@ -147,6 +150,8 @@ class RigLCallback(Callback):
         if not self._resumed or trainer.global_step == 0:
             own_steps = None if self._steps else 0  # in manual optimization; None goes on
             sparsifier.start(length, trainer.global_step if pl_module.automatic_optimization else own_steps)
+            for optimizer in trainer.optimizers:
+                sparsifier.reset_state(optimizer)
         self._warn_if_short(trainer, length)
         self._log_hyperparameters(trainer)
 
@@ -177,13 +182,14 @@ class RigLCallback(Callback):
         """Restore the zeros where an optimizer moves them, and log."""
         sparsifier = self._active()
         sparsifier.after_step()
-        if sparsifier.mixing:
-            self._say("the optimizer moves inactive weights; they are set back to zero after each step")
+        self._say_if_mixing()
         log_step(trainer, pl_module, lambda: self._levels(), event=self._updated)
         self._updated = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the levels, so that they can be monitored."""
+        """Look once more at what may have gone past the hooks, and log the levels to be monitored."""
+        self._active().check_zeros()
+        self._say_if_mixing()
         if not trainer.barebones:
             log_levels(pl_module, self._levels(), on_step=False)
         thawed = [name for name, parameter in self._active().frozen.items() if parameter.requires_grad]
@@ -241,6 +247,10 @@ class RigLCallback(Callback):
         plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in resolved.items()}
         for logger in trainer.loggers:
             logger.log_hyperparams({f"sparsity/{name}": value for name, value in plain.items()})
+
+    def _say_if_mixing(self) -> None:
+        if self._active().mixing:
+            self._say("the optimizer moves inactive weights; they are set back to zero after each step")
 
     def _say(self, message: str) -> None:
         """A warning, once."""

@@ -37,8 +37,6 @@ def measure_copy(
     step = module.training_step
     if samples < 1 or not module.automatic_optimization or "training_step" in vars(module):
         return None  # a step of the instance's own, as torch.compile makes it, does not run on a copy
-    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-        return None
     with isolate_rng(include_cuda=module.device.type == "cuda"):
         try:
             twin = _twin(trainer, module)

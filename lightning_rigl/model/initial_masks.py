@@ -23,7 +23,7 @@ def first_masks(
     pattern: Pattern,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
-    init: str | Mapping[str, Tensor],
+    init: str | Path | Mapping[str, Tensor],
     seed: int,
 ) -> dict[str, Tensor]:
     """The masks that a training starts with; the arguments are those of `Sparsifier`. Changes nothing."""
@@ -35,7 +35,7 @@ def first_masks(
             return nonzero_masks(chosen)
         counts = distribution.counts({name: p.shape for name, p in chosen.items()}, overall)
         return drawn_masks(chosen, counts, pattern, init == "magnitude", seed)
-    masks = mask_files.load_masks(init) if isinstance(init, str) else init
+    masks = mask_files.load_masks(init) if isinstance(init, (str, Path)) else init
     parameters = layers.named_parameters(model)
     mask_files.check_masks(masks, parameters)
     return {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
@@ -49,7 +49,7 @@ def check(sparsity: float | dict[str, float], distribution: Distribution, init: 
         TypeError: an ``init`` that is neither a string nor a dict of masks.
     """
     _budget(sparsity, distribution)
-    if not isinstance(init, (str, Mapping)):
+    if not isinstance(init, (str, Path, Mapping)):
         raise TypeError(f"init: expected a name, a path or a dict of masks, got {init!r}")
     if isinstance(init, str) and init not in INITS and not Path(init).is_file():
         known = ", ".join(repr(name) for name in INITS)
@@ -121,6 +121,10 @@ def _budget(sparsity: float | dict[str, float], distribution: Distribution) -> t
     if not isinstance(sparsity, dict):
         check_sparsity(sparsity)
         return distribution, sparsity
+    if not sparsity:
+        raise ValueError(
+            "sparsity={} names no layer; give a sparsity, or a regular expression for each layer"
+        )
     if distribution != ERK():
         raise ValueError(
             f"sparsity={sparsity!r} gives each layer its own; the distribution {distribution} has no say "

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_rigl.topology.distributions import find
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rigl.methods.base import Method
 from lightning_rigl.topology import bits
+from lightning_rigl.topology.distributions import Distribution
+from lightning_rigl.topology.patterns import Pattern
 
 VERSION = 1  # of the saved state
 
@@ -24,6 +28,8 @@ def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Paramet
                 f"masks do not fit the model: it has no parameter {name!r}, but "
                 f"{', '.join(list(parameters)[:5])}, ..."
             )
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: a mask is a bool tensor, got {type(mask).__name__}")
         if mask.shape != parameters[name].shape:
             raise ValueError(
                 f"masks do not fit the model: {name} is {tuple(mask.shape)} in the masks and "
@@ -54,10 +60,13 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise ValueError(f"no file at {str(path)!r}; give a checkpoint, or masks saved with torch.save")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    states = content.get("callbacks", {}).values() if "callbacks" in content else [content]
-    for state in states:
-        if "masks" in state:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint or as masks: {error}") from error
+    states = content.get("callbacks", {"": content}) if isinstance(content, dict) else {}
+    for state in (s for s in states.values() if isinstance(s, dict)):
+        if isinstance(state.get("masks"), dict):
             return unpack_masks(state["masks"])
         if state and all(isinstance(m, Tensor) and m.dtype == torch.bool for m in state.values()):
             return dict(state)
@@ -77,13 +86,27 @@ def unpack_masks(packed: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: bits.unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()}
 
 
-def check_state(state: Mapping[str, Any], method: str) -> dict[str, Tensor]:
-    """The masks of a saved state; ValueError if its format or its method is another."""
+def identity(
+    sparsity: float | dict[str, float], method: Method, distribution: Distribution, pattern: Pattern
+) -> dict[str, str]:
+    """What a resumed run must share with the one that was saved, in words."""
+
+    def name(part: object) -> str:
+        return repr(part) if is_dataclass(part) else type(part).__name__  # other reprs hold an address
+
+    each = {k: float(v) for k, v in sparsity.items()} if isinstance(sparsity, dict) else float(sparsity)
+    parts = {"method": method, "distribution": distribution, "pattern": pattern}
+    return {**{kind: name(part) for kind, part in parts.items()}, "sparsity": str(each)}
+
+
+def check_state(state: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Tensor]:
+    """The masks of a saved state; ValueError if its format, method, sparsity or distribution is another."""
     if state.get("version") != VERSION:
         raise ValueError(f"the saved state has format {state.get('version')!r}, this version reads {VERSION}")
-    if state["method"] != method:
-        raise ValueError(
-            f"the checkpoint is of a run with method {state['method']}, and this one has {method}; "
-            "resume with the same method, or start a new run with init=<checkpoint>"
-        )
+    for kind, own in identity.items():
+        if (saved := state["identity"][kind]) != own:
+            raise ValueError(
+                f"the checkpoint is of a run with {kind} {saved}, and this one has {own}; resume with the "
+                f"same {kind}, or start a new run with init=<checkpoint>"
+            )
     return unpack_masks(state["masks"])

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rigl.methods.base import Connections, Method, runnable
+from lightning_rigl.methods.base import Method, runnable
 from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state
+from lightning_rigl.model.new_mask import new_mask
 from lightning_rigl.topology import bits
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
 from lightning_rigl.topology.tables import Table, density_table
+
+_PLAIN = ("updates", "drop_fraction", "seed", "mixing")  # saved as they are
 
 
 class Sparsifier:
@@ -73,13 +76,15 @@ class Sparsifier:
         init: str | Mapping[str, Tensor] = "random",
         seed: int | None = None,
     ) -> None:
+        distribution = Distribution.of(distribution)
         self.model = model
         self.method = runnable(Method.of(method))
         self.pattern = Pattern.of(pattern)
+        self.identity = mask_files.identity(sparsity, self.method, distribution, self.pattern)
         self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
         self.seed = torch.initial_seed() if seed is None else seed
         self.masks = initial_masks.first_masks(
-            model, sparsity, Distribution.of(distribution), self.pattern, include, exclude, init, self.seed
+            model, sparsity, distribution, self.pattern, include, exclude, init, self.seed
         )
         everything = layers.named_parameters(model)
         self.parameters = {name: everything[name] for name in self.masks}
@@ -91,7 +96,7 @@ class Sparsifier:
         self.timetable: Timetable | None = None
         self._last = dict.fromkeys(self.masks, -1)  # the step of each layer's last update
         self._zeros_unchecked = True  # until an optimizer has made a step
-        self._ordinary = False  # the last step was no update
+        self._stepped = False  # the last step was an optimizer's, no update
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._apply_masks()
 
@@ -110,6 +115,12 @@ class Sparsifier:
         if step is not None:
             self._last = dict.fromkeys(self.masks, step - 1)
 
+    def reset_state(self, optimizer: Optimizer) -> None:
+        """Make an optimizer's state fresh where connections are inactive, in case it has trained densely."""
+        inactive = {self.parameters[name]: ~self.masks[name] for name in self._names_in(optimizer)}
+        optimizer_state.reset(optimizer, inactive)
+
+    @torch.no_grad()
     def before_step(self, optimizer: Optimizer, step: int) -> bool:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
@@ -122,14 +133,19 @@ class Sparsifier:
 
         Returns:
             Whether the topology was updated.
+
+        Raises:
+            RuntimeError: `start` has not been called, so that the schedule is not known in steps.
         """
+        if self.timetable is None and self.schedule is not None:
+            raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
         names = self._names_in(optimizer)
         last = max((self._last[name] for name in names), default=step)
         due = self.timetable is not None and self.timetable.due(step, last)
         if due and not optimizer_state.gradients_are_finite(self.parameters[name] for name in names):
             self.postponed += 1
             due = False
-        self._ordinary = not due
+        self._stepped = not due
         if due:
             self.update(optimizer, step)
         else:
@@ -137,49 +153,36 @@ class Sparsifier:
             self._mask_gradients(names)
         return due
 
+    @torch.no_grad()
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
-        if self._zeros_unchecked and self._ordinary:
+        if self._zeros_unchecked and self._stepped:
             self._zeros_unchecked = False
-            self._check_zeros()
+            self.check_zeros()
         elif self.mixing:
             self.mask_weights()
 
     def update(self, optimizer: Optimizer, step: int) -> None:
-        """Drop and grow in every layer of the optimizer, in place of its step. `start` comes first.
+        """Drop and grow in every layer of the optimizer, in place of its step.
 
         Newly grown weights are zero. The optimizer's state becomes fresh where the mask changed; connections
         that are dropped and grown again keep value and state.
         """
-        if self.timetable is None:
-            raise RuntimeError("call start() before the first update, so that the schedule is known in steps")
-        self._check_zeros()
-        self.drop_fraction = self.timetable.fraction(step)
+        self.check_zeros()
+        self.drop_fraction = self.timetable.fraction(step) if self.timetable else 0.0
         changed = {}
         for name in self._names_in(optimizer):
             self._last[name] = step
-            mask = self._new_mask(name, int(self.drop_fraction * self.counts[name]), step)
-            if mask is not None:
-                changed[self.parameters[name]] = self._replace_mask(name, mask)
+            parameter, count = self.parameters[name], int(self.drop_fraction * self.counts[name])
+            if count > 0 and self.counts[name] < parameter.numel():
+                generator = initial_masks.private_generator(self.seed, name, step)
+                mask = new_mask(parameter, self.masks[name], count, self.method, self.pattern, generator)
+                changed[parameter] = self._replace_mask(name, mask)
         optimizer_state.reset(optimizer, changed)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         self.updates += 1
-
-    def _new_mask(self, name: str, count: int, step: int) -> Tensor | None:
-        """The mask after dropping and growing ``count`` connections; None where nothing can change."""
-        weight, mask = self.parameters[name], self.masks[name]
-        needs_gradient = self.method.gradient != "never"
-        if count == 0 or self.counts[name] == mask.numel() or (needs_gradient and weight.grad is None):
-            return None
-        grad = weight.grad if needs_gradient else None
-        grad = grad.float() if grad is not None and grad.element_size() < 4 else grad
-        layer = Connections(
-            weight.detach(), mask, grad, initial_masks.private_generator(self.seed, name, step)
-        )
-        kept = self.pattern.drop(self.method.drop_score(layer), mask, count)
-        return self.pattern.grow(self.method.grow_score(layer), kept, count)
 
     @torch.no_grad()
     def _replace_mask(self, name: str, mask: Tensor) -> Tensor:
@@ -190,16 +193,13 @@ class Sparsifier:
         self._integers[name].copy_(mask).neg_()
         return changed
 
-    def mask_gradients(self, optimizer: Optimizer) -> None:
-        """Zero the gradients of inactive connections, so that clipping and momentum see none of them."""
-        self._mask_gradients(self._names_in(optimizer))
-
     def mask_weights(self) -> None:
         """Set the inactive weights to zero."""
         for name, integers in self._integers.items():
             bits.and_(self.parameters[name].detach(), integers)
 
     def _mask_gradients(self, names: Sequence[str]) -> None:
+        """Zero the gradients of inactive connections, so that clipping and momentum see none of them."""
         for name in names:
             grad = self.parameters[name].grad
             if grad is not None and name in self._integers:
@@ -216,7 +216,7 @@ class Sparsifier:
         names = self._names
         return [names[p] for group in optimizer.param_groups for p in group["params"] if p in names]
 
-    def _check_zeros(self) -> None:
+    def check_zeros(self) -> None:
         """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
         if any(((p.detach() != 0) > self.masks[name]).any() for name, p in self.parameters.items()):
             self.mixing = True
@@ -237,14 +237,11 @@ class Sparsifier:
         """Everything that a resumed run needs, in plain types and tensors: masks at one bit a weight."""
         return {
             "version": mask_files.VERSION,
-            "method": type(self.method).__name__,
+            "identity": self.identity,
             "masks": mask_files.pack_masks(self.masks),
             "last": dict(self._last),
-            "updates": self.updates,
-            "drop_fraction": self.drop_fraction,
             "timetable": asdict(self.timetable) if self.timetable else None,
-            "seed": self.seed,
-            "mixing": self.mixing,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,16 +250,14 @@ class Sparsifier:
         Raises:
             ValueError: a state of another format, method or model; nothing has been changed then.
         """
-        masks = mask_files.check_state(state, type(self.method).__name__)
+        masks = mask_files.check_state(state, self.identity)
         mask_files.check_masks(masks, self.parameters)
         if missing := self.masks.keys() - masks.keys():
-            raise ValueError(
-                f"masks do not fit the model: the state has none for {', '.join(sorted(missing))}"
-            )
+            raise ValueError(f"masks do not fit the model: there are none for {', '.join(sorted(missing))}")
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
         self._apply_masks()
         self._last = dict(state["last"])
-        for name in ("updates", "drop_fraction", "seed", "mixing"):
+        for name in _PLAIN:
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None

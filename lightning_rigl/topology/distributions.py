@@ -8,6 +8,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Real
+from typing import TypeGuard
 
 from lightning_rigl.topology.parts import Part
 
@@ -113,8 +115,9 @@ class ERK(Distribution):
     fixed: dict[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for sparsity in (self.fixed or {}).values():
-            check_sparsity(sparsity)
+        if not _is_number(self.power) or not math.isfinite(self.power):
+            raise TypeError(f"distribution erk, power: a number, got {self.power!r}")
+        check_rules(self.fixed or {}, "distribution erk, fixed")
 
     def counts(self, shapes: Shapes, sparsity: float) -> dict[str, int]:
         """N - floor(s_l N) with s_l = 1 - eps (sum(shape) / size) ^ power."""
@@ -138,8 +141,7 @@ class PerLayer(Distribution):
     sparsities: dict[str, float] = field(hash=False)
 
     def __post_init__(self) -> None:
-        for sparsity in self.sparsities.values():
-            check_sparsity(sparsity)
+        check_rules(self.sparsities, "sparsity")
 
     def counts(self, shapes: Shapes, sparsity: float) -> dict[str, int]:
         """N - floor(s_l N) with the given s_l."""
@@ -147,10 +149,18 @@ class PerLayer(Distribution):
         return {name: _count(name, shapes[name], s) for name, s in given.items()}
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: object) -> None:
     """Raise ValueError unless ``sparsity`` lies in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if not _is_number(sparsity) or not 0 <= float(sparsity) < 1:
         raise ValueError(f"sparsity is the fraction of zeros and must lie in [0, 1), got {sparsity!r}")
+
+
+def check_rules(rules: object, what: str) -> None:
+    """Raise unless ``rules`` maps strings to sparsities in [0, 1)."""
+    if not isinstance(rules, Mapping) or not all(isinstance(pattern, str) for pattern in rules):
+        raise TypeError(f"{what}: expected a dict of regular expression -> sparsity, got {rules!r}")
+    for sparsity in rules.values():
+        check_sparsity(sparsity)
 
 
 def match(rules: Mapping[str, float], names: Iterable[str], what: str) -> dict[str, float]:
@@ -183,6 +193,10 @@ def find(pattern: str, names: Sequence[str], what: str) -> list[str]:
             f"{what}: {pattern!r} matches no layer; near misses: {', '.join(near) or 'there are none'}"
         )
     return found
+
+
+def _is_number(value: object) -> TypeGuard[Real]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _count(name: str, shape: Sequence[int], sparsity: float) -> int:

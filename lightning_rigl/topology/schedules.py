@@ -72,9 +72,9 @@ class UpdateSchedule:
             raise ValueError(
                 f"drop_fraction: the share of active connections, in [0, 1], got {self.drop_fraction!r}"
             )
-        if self.decay not in _DECAYS:
+        if not isinstance(self.decay, str) or self.decay not in _DECAYS:
             raise ValueError(f"decay: unknown name {self.decay!r}; the known ones are {', '.join(_DECAYS)}")
-        if isinstance(self.end, int) and isinstance(self.begin, int) and self.end <= self.begin:
+        if type(self.end) is type(self.begin) and self.end <= self.begin:
             raise ValueError(
                 f"end={self.end} must come after begin={self.begin}; no update would ever be due"
             )

@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="last")
     trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
     module = small(seed=1)
-    with pytest.raises(ValueError, match="method RigL, and this one has SET"):
+    with pytest.raises(ValueError, match=r"method RigL\(\), and this one has SET\(\)"):
         trainer(RigLCallback(0.8, "set"), max_epochs=9).fit(module, data(), ckpt_path=tmp_path / "last.ckpt")
     other = small()
     other.net[0] = nn.Linear(16, 30)
@@ -353,6 +353,37 @@ def test_in_manual_optimization_each_optimizer_counts_its_own_steps():
     assert rigl.sparsifier.updates == 6
 
 
+class Bypass(Manual):
+    """Steps that go past Lightning's hooks."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer, _ = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(self.net(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+
+def test_steps_that_go_past_the_hooks_are_noticed():
+    torch.manual_seed(0)
+    module, rigl = Bypass(), RigLCallback(0.6, "static")
+    with pytest.warns(UserWarning, match="moves inactive weights"):
+        trainer(rigl).fit(module, data())
+    for name, mask in rigl.masks.items():
+        assert (module.get_parameter(name)[~mask] == 0).all()
+
+
+def test_a_dense_checkpoint_goes_on_sparse(tmp_path):
+    def adam():
+        return small(optimizer=lambda p: torch.optim.AdamW(p, 0.01))
+
+    keep = ModelCheckpoint(tmp_path, filename="dense")
+    trainer(keep, enable_checkpointing=True, max_epochs=2).fit(adam(), data())
+    rigl = RigLCallback(0.8, init="magnitude", schedule=UpdateSchedule(every=6, end=30))
+    trainer(rigl, Watch(rigl)).fit(adam(), data(), ckpt_path=tmp_path / "dense.ckpt")
+    assert not rigl.sparsifier.mixing
+    assert rigl.sparsifier.updates == 2  # 18 and 24: what was due before step 16 is past
+
+
 class TestLogging:
     """Levels at the trainer's rhythm, events at once, settings as hyperparameters."""
 
@@ -418,6 +449,8 @@ class TestRefusals:
             RigLCallback(schedule={"every": 10})
         with pytest.raises(TypeError, match="init"):
             RigLCallback(init=3)
+        with pytest.raises(TypeError, match="seed"):
+            RigLCallback(seed="a")
 
     def test_model_pruning(self):
         with pytest.raises(MisconfigurationException, match="ModelPruning"):

@@ -294,6 +294,22 @@ class TestStart:
         with pytest.raises(ValueError, match="no file"):
             load_masks(tmp_path / "nothing.pt")
 
+    def test_files_that_are_something_else_are_refused(self, tmp_path):
+        (tmp_path / "text").write_text("masks")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_masks(tmp_path / "text")
+        for i, content in enumerate(
+            ([1, 2], {1: 2}, torch.ones(3), {"callbacks": {"Other": {"masks": 3}}}, {})
+        ):
+            torch.save(content, tmp_path / f"{i}.pt")
+            with pytest.raises(ValueError, match="holds no masks"):
+                load_masks(tmp_path / f"{i}.pt")
+
+    def test_a_path_object_is_a_path(self, tmp_path):
+        first = Sparsifier(network(), 0.7, seed=1)
+        torch.save(first.masks, tmp_path / "masks.pt")
+        assert Sparsifier(network(), init=tmp_path / "masks.pt").counts == first.counts
+
     def test_a_dict_of_sparsities(self):
         sparsifier = Sparsifier(network(), {"^0": 0.5, "[02]": 0.75})
         assert sparsifier.counts == {"0.weight": 96, "2.weight": 32}
@@ -313,6 +329,7 @@ class TestStart:
         ({"distribution": "erdos"}, "er, erk, uniform"),
         ({"pattern": "2:4"}, "unstructured"),
         ({"init": "randm"}, "'random', 'magnitude', 'nonzero'"),
+        ({"sparsity": {}}, "names no layer"),
         ({"init": {}}, "empty"),
         ({"init": {"nope.weight": torch.ones(2, 2, dtype=torch.bool)}}, "no parameter 'nope.weight'"),
         ({"init": {"0.weight": torch.ones(2, 2, dtype=torch.bool)}}, r"\(2, 2\) in the masks and \(16, 12\)"),
@@ -345,22 +362,56 @@ def test_a_method_whose_facts_have_no_engine_is_refused():
         Sparsifier(network(), method=Global())
 
 
+@pytest.mark.parametrize("score", [None, torch.ones(3), 1.0])
+def test_a_score_of_another_shape_is_refused(score):
+    class Wrong(Method):
+        def drop_score(self, layer):
+            return layer.weight.abs()
+
+        def grow_score(self, layer):
+            return score
+
+    model = network()
+    sparsifier = Sparsifier(model, method=Wrong(), schedule=SCHEDULE)
+    sparsifier.start()
+    with pytest.raises(ValueError, match=r"Wrong: a score has the weight's shape \(16, 12\)"):
+        sparsifier.update(torch.optim.SGD(model.parameters(), 0.1), 5)
+
+
+def test_the_state_of_a_dense_training_is_reset_where_connections_are_inactive():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    nn.functional.mse_loss(model(batches(1)[0][0]), batches(1)[0][1]).backward()
+    optimizer.step()
+    sparsifier = Sparsifier(model, 0.7, schedule=SCHEDULE)
+    sparsifier.start()
+    sparsifier.reset_state(optimizer)
+    train(model, optimizer, sparsifier, batches(4))
+    assert not sparsifier.mixing
+    for name, parameter in sparsifier.parameters.items():
+        assert (optimizer.state[parameter]["exp_avg"][~sparsifier.masks[name]] == 0).all()
+
+
 def test_a_state_that_does_not_fit_is_refused():
     saved = Sparsifier(network(), 0.7).state_dict()
-    with pytest.raises(ValueError, match="method RigL, and this one has SET"):
+    with pytest.raises(ValueError, match=r"method RigL\(\), and this one has SET\(\)"):
         Sparsifier(network(), 0.7, "set").load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"sparsity 0\.7, and this one has 0\.6"):
+        Sparsifier(network(), 0.6).load_state_dict(saved)
     with pytest.raises(ValueError, match="format 99"):
         Sparsifier(network(), 0.7).load_state_dict({**saved, "version": 99})
     with pytest.raises(ValueError, match="do not fit the model"):
-        Sparsifier(nn.Sequential(nn.Linear(3, 4)), 0.5).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"the state has none for 0\.weight"):
+        Sparsifier(nn.Sequential(nn.Linear(3, 4)), 0.7).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"there are none for 0\.weight"):
         Sparsifier(network(), 0.7).load_state_dict(Sparsifier(network(), 0.7, exclude=["^0"]).state_dict())
 
 
 def test_an_update_before_start_is_refused():
     model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(RuntimeError, match=r"start\(\)"):
-        Sparsifier(model).update(torch.optim.SGD(model.parameters(), 0.1), 0)
+        Sparsifier(model).before_step(optimizer, 0)
+    assert not Sparsifier(model, method="static").before_step(optimizer, 0)
 
 
 def test_an_ordinary_step_reads_nothing_back_and_allocates_nothing():

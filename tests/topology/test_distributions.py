@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -124,6 +125,19 @@ def test_a_pattern_that_matches_nothing_names_near_misses():
         ERK(fixed={"(": 0.5}).counts(LENET, 0.9)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         ERK(fixed={"fc1": 1.0})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ERK(power="a"), lambda: ERK(fixed="a"), lambda: PerLayer({1: 0.5}), lambda: PerLayer([0.5])],
+)
+def test_other_types_are_refused(make):
+    with pytest.raises(TypeError, match=r"sparsity|power"):
+        make()
+
+
+def test_numpy_numbers_are_numbers():
+    assert ERK().counts(LENET, np.float64(0.9)) == ERK().counts(LENET, 0.9)
 
 
 def test_short_names():

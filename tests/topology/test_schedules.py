@@ -81,6 +81,8 @@ def test_the_number_dropped_is_truncated_in_double_precision():
         ({"end": -1}, "whole number of steps"),
         ({"end": float("nan")}, "whole number"),
         ({"begin": 100, "end": 100}, "end=100 must come after begin=100"),
+        ({"begin": 0.5, "end": 0.5}, "must come after"),
+        ({"decay": ["cosine"]}, "the known ones are"),
         ({"every": 0}, "at least 1"),
         ({"every": 0.5}, "at least 1"),
         ({"drop_fraction": 1.1}, r"in \[0, 1\]"),
