@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lightning_rigl import RigLCallback, UpdateSchedule
-from lightning_rigl.callbacks.flops import FLOPsCallback
+from lightning_rigl import FLOPsCallback, RigLCallback, UpdateSchedule
 from machine import RESULTS, describe
 
 # the examples are not installed with the package

@@ -123,7 +123,8 @@ def _draw_system(
     xs, ys = ([row[key] for row in points] for key in ("train", "accuracy"))
     axes.plot(xs, ys, color=colour, linewidth=1, label=system)
     for x, y, row in zip(xs, ys, points, strict=True):
-        axes.errorbar(x, y, yerr=row["spread"], color=colour, marker=markers[row["sparsity"]], capsize=3)
+        marker = markers[row["sparsity"]]
+        axes.errorbar(x, y, yerr=row["spread"], color=colour, marker=marker, markersize=5, capsize=3)
 
 
 def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:

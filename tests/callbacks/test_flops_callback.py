@@ -442,6 +442,20 @@ def test_the_copy_shares_data_sets(monkeypatch):
     assert made == [True]
 
 
+def test_the_copy_does_not_see_the_trainer_wherever_the_module_keeps_it():
+    class Keeps(Net):
+        def on_fit_start(self):
+            self.boss = self.trainer
+
+        def training_step(self, batch, batch_idx):
+            seen.append(self.boss)
+            return self.loss(batch)
+
+    seen = []
+    run = fit(Keeps(), FLOPsCallback())
+    assert seen == [None, run, run, run]
+
+
 def test_logging_inside_the_copy_is_silent(capsys, monkeypatch):
     class Talks(Net):
         def training_step(self, batch, batch_idx):

@@ -109,6 +109,33 @@ def test_gradients_are_masked_before_they_are_clipped():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
 
 
+def test_the_order_of_the_hooks():
+    """The dense gradient is there when an update chooses; what is clipped, and stepped with, is masked."""
+    seen = []
+
+    class Order(Small):
+        def on_after_backward(self):
+            seen.append(("backward", self.inactive_gradient()))
+
+        def configure_gradient_clipping(self, *arguments, **settings):
+            seen.append(("clip", self.inactive_gradient()))
+            super().configure_gradient_clipping(*arguments, **settings)
+
+        def optimizer_step(self, *arguments, **settings):
+            super().optimizer_step(*arguments, **settings)
+            seen.append(("step", self.inactive_gradient()))
+
+        def inactive_gradient(self):
+            grad = self.net[0].weight.grad
+            return None if grad is None else bool((grad[~rigl.masks["net.0.weight"]] != 0).any())
+
+    rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2, end=8))
+    trainer(rigl, max_steps=3, gradient_clip_val=1.0).fit(Order(), data())
+    ordinary = [("backward", True), ("clip", False), ("step", False)]
+    update = [("backward", True), ("clip", None), ("step", None)]
+    assert seen == [*ordinary, *ordinary, *update]
+
+
 def test_accumulated_batches_equal_one_large_batch():
     runs = []
     for size, accumulate in ((8, 1), (2, 4)):

@@ -180,9 +180,23 @@ def test_a_gradient_that_is_not_finite_postpones_the_update(poison):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+RUNS = st.floats(0.0, 0.97), st.sampled_from(["rigl", "set"]), st.integers(0, 2**62)
+
+
 @settings(max_examples=15, deadline=None)
-@given(st.floats(0.0, 0.97), st.sampled_from(["rigl", "set"]), st.integers(0, 2**62))
+@given(*RUNS)
 def test_counts_are_constant_over_two_hundred_updates(sparsity, method, seed):
+    check_counts(sparsity, method, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(*RUNS)
+def test_counts_are_constant_over_two_hundred_updates_of_many_runs(sparsity, method, seed):
+    check_counts(sparsity, method, seed)
+
+
+def check_counts(sparsity, method, seed):
     model = nn.Sequential(nn.Linear(7, 11), nn.Conv1d(3, 5, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     schedule = UpdateSchedule(every=1, begin=0, end=400)

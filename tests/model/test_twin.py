@@ -10,7 +10,7 @@ from lightning_rigl.model.initial_masks import private_generator
 from tests import reference
 from tests.model.problems import batches, network
 
-STEPS, SEED = 200, 11
+SEED = 11
 OPTIMIZERS = {
     "sgd": (
         lambda p: torch.optim.SGD(p, 0.2, momentum=0.9, weight_decay=1e-2),
@@ -32,12 +32,23 @@ def random_scores(name, step, shape):
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("decay", ["cosine", "inverse_power"])
 def test_two_hundred_steps_equal_the_twin(method, optimizer_name, decay):
+    compare_with_the_twin(method, optimizer_name, decay, steps=200, updates=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_three_thousand_steps_equal_the_twin(method, optimizer_name):
+    compare_with_the_twin(method, optimizer_name, "linear", steps=3000, updates=187)
+
+
+def compare_with_the_twin(method, optimizer_name, decay, steps, updates):
     make, hyper = OPTIMIZERS[optimizer_name]
     model = network(torch.float64)
     schedule = UpdateSchedule(every=12, end=0.75, decay=decay, drop_fraction=0.4)
     sparsifier = Sparsifier(model, 0.7, method, schedule=schedule, seed=SEED)
-    sparsifier.start(total_steps=STEPS)
-    data = batches(STEPS, torch.float64)
+    sparsifier.start(total_steps=steps)
+    data = batches(steps, torch.float64)
     names = list(sparsifier.masks)
     twin = reference.train(
         {name: sparsifier.parameters[name].detach().numpy().copy() for name in names},
@@ -47,7 +58,7 @@ def test_two_hundred_steps_equal_the_twin(method, optimizer_name, decay):
         method=method,
         optimizer="adamw" if optimizer_name == "adamw" else "sgd",
         hyper=hyper,
-        schedule={"every": 12, "begin": 12, "end": 150, "alpha": 0.4, "decay": decay},
+        schedule={"every": 12, "begin": 12, "end": steps * 3 // 4, "alpha": 0.4, "decay": decay},
         random_scores=random_scores,
     )
     optimizer = make(model.parameters())
@@ -61,4 +72,4 @@ def test_two_hundred_steps_equal_the_twin(method, optimizer_name, decay):
             assert np.array_equal(sparsifier.masks[name].numpy(), twin[step].masks[name])
             weight = sparsifier.parameters[name].detach().numpy()
             np.testing.assert_allclose(weight, twin[step].weights[name], rtol=0, atol=1e-12)
-    assert sparsifier.updates == (0 if method == "static" else 12)
+    assert sparsifier.updates == (0 if method == "static" else updates)
