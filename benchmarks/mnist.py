@@ -125,11 +125,11 @@ def markdown(content: dict[str, Any]) -> str:
         if not runs:
             continue
         accuracies = [run["accuracy"] for run in runs]
-        spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
         seconds = statistics.mean(run["seconds"] for run in runs)
         cells = (
             system,
-            f"{statistics.mean(accuracies):.2f} ± {spread:.2f}",
+            f"{statistics.mean(accuracies):.2f}{spread}",
             ", ".join(f"{accuracy:.2f}" for accuracy in accuracies),
             f"{runs[0]['active']:,}",
             f"{runs[0]['forward_ratio']:.4f}",

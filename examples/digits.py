@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import os
 import statistics
 import time
@@ -238,7 +239,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "widths": first["widths"],
                 "runs": len(group),
                 "accuracy": statistics.mean(accuracies),
-                "spread": statistics.stdev(accuracies) if len(group) > 1 else 0.0,
+                "spread": statistics.stdev(accuracies) if len(group) > 1 else math.nan,
                 "weights": first["weights"],
                 "always_dense": first["always_dense"],
                 "forward": first["forward"],
@@ -256,7 +257,7 @@ def table(model: str, summary: Sequence[dict[str, Any]]) -> Table:
     rows = [row for row in summary if row["model"] == model]
     thin = {f"{row['sparsity']:.4g}": row["widths"] for row in rows if row["system"] == "small-dense"}
     drawn = Table(
-        title=f"{model} {rows[0]['widths']}, {rows[0]['runs']} runs each",
+        title=f"{model} {rows[0]['widths']} (seeds: {rows[0]['runs']})",
         caption="; ".join(f"small-dense at {at}: {widths}" for at, widths in thin.items()),
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -270,7 +271,7 @@ def table(model: str, summary: Sequence[dict[str, Any]]) -> Table:
         drawn.add_row(
             row["system"],
             "" if "dense" in row["system"] else f"{row['sparsity']:.4g}",
-            f"{row['accuracy']:.2f} ± {row['spread']:.2f}",
+            f"{row['accuracy']:.2f}" + (f" ± {row['spread']:.2f}" if row["runs"] > 1 else ""),
             f"{row['weights']:,} + {row['always_dense']:,}",
             f"{row['forward_ratio']:.3f}",
             f"{row['train_ratio']:.3f}",

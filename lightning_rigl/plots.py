@@ -62,7 +62,7 @@ def input_connections(before: Tensor, after: Tensor, mean_image: Tensor) -> Figu
     figure.colorbar(brightness, ax=right, label="mean pixel value")
     for axes in (left, middle, right):
         axes.set_xlabel("pixel column")
-        axes.set_ylabel("pixel row")
+    left.set_ylabel("pixel row")
     return figure
 
 
@@ -72,7 +72,7 @@ def accuracy_against_flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: one per system and sparsity. Keys: ``model`` (one panel each), ``system`` (one colour each),
             ``sparsity`` (one marker each), ``accuracy`` (percent), ``spread`` (half the length of the error
-            bar), and ``train`` (FLOPs of one training run, multiply-add = 2).
+            bar, NaN for none), and ``train`` (FLOPs of one training run, multiply-add = 2).
 
     Returns:
         A figure with one panel per model; points of one system are joined by a line.

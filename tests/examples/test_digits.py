@@ -79,7 +79,7 @@ def test_the_demo_prints_a_row_per_system_and_where_its_files_are(capsys, tmp_pa
     dense, static = ([row for row in rows if row[:1] == [name]] for name in ("dense", "static"))
     assert len(dense) == len(static) == 1
     assert static[0][1] == "0.95"
-    assert "mlp 300-100, 2 runs each" in shown
+    assert "mlp 300-100 (seeds: 2)" in shown
     assert "results.csv" in shown.replace("\n", " ")
     assert not (tmp_path / "input_connections.png").exists(), "RigL did not run"
 

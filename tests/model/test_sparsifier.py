@@ -190,7 +190,7 @@ def test_counts_are_constant_over_two_hundred_updates(sparsity, method, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(*RUNS)
 def test_counts_are_constant_over_two_hundred_updates_of_many_runs(sparsity, method, seed):
     check_counts(sparsity, method, seed)
