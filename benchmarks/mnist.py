@@ -30,7 +30,8 @@ from machine import RESULTS, describe
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from data import Batches, Digits, load
-from digits import Classifier, mlp, quiet
+from digits import quiet
+from networks import Classifier, mlp
 
 SYSTEMS = ("dense", "static", "set", "rigl")
 SPARSITY = 0.98

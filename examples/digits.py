@@ -6,11 +6,8 @@ Run it as ``python examples/digits.py``; it needs ``pip install 'lightning-rigl[
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import math
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +21,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 from data import Batches, Digits, load
-from lightning_rigl import FLOPsCallback, RigLCallback, Sparsifier, UpdateSchedule
+from lightning_rigl import FLOPsCallback, RigLCallback, UpdateSchedule
 from lightning_rigl.plots import accuracy_against_flops, input_connections
+from networks import MODELS, Classifier, count_parameters, thin_widths
+from summary import summarise, table, write_csv
 
 BATCH_SIZE = 64
 EPOCHS = {"digits": 80, "mnist": 5}
@@ -50,62 +45,6 @@ latter always stay dense. FLOPs: ratios to the dense net; training counts the fo
 all steps, with the dense gradient where RigL updates the topology. Time: of one training run; inactive \
 weights are zeros in ordinary tensors, so that fewer FLOPs are not fewer seconds here. small-dense: a \
 thinner dense net with about as many parameters as the sparse nets of its section."""
-
-
-def mlp(pixels: int, widths: Sequence[int] = (300, 100)) -> nn.Sequential:
-    """LeNet-300-100, or the same with other widths."""
-    first, second = widths
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(pixels, first),
-        nn.ReLU(),
-        nn.Linear(first, second),
-        nn.ReLU(),
-        nn.Linear(second, 10),
-    )
-
-
-def cnn(pixels: int, widths: Sequence[int] = (16, 32, 64)) -> nn.Sequential:
-    """Three 3 x 3 convolutions, the second and third with stride 2, then the mean over the image."""
-    layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip((1, *widths), widths, strict=False)):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride=1 if i == 0 else 2, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
-MODELS: dict[str, tuple[Callable[..., nn.Sequential], tuple[int, ...]]] = {
-    "mlp": (mlp, (300, 100)),
-    "cnn": (cnn, (16, 32, 64)),
-}
-
-
-class Classifier(LightningModule):
-    """Cross entropy by SGD with momentum; nothing in it knows of sparsity."""
-
-    def __init__(self, net: nn.Module, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
-        super().__init__()
-        self.net, self.lr, self.weight_decay = net, lr, weight_decay
-        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch; nothing is logged, a log call on each step would cost a fifth of it."""
-        images, labels = batch
-        return cross_entropy(self.net(images), labels)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count the right answers."""
-        images, labels = batch
-        self.accuracy(self.net(images), labels)
-        self.log("accuracy", self.accuracy)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """SGD, its learning rate falling to 0 along half a cosine."""
-        optimizer = torch.optim.SGD(
-            self.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.weight_decay
-        )
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)
-        return {"optimizer": optimizer, "lr_scheduler": decay}
 
 
 class FirstMasks(Callback):
@@ -190,23 +129,6 @@ def train(run: Run, digits: Digits, epochs: int) -> Result:
     return Result(row, masks)
 
 
-def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Weights of linear layers and convolutions, and the biases and norms that always stay dense."""
-    sizes = [(parameter.ndim >= 2, parameter.numel()) for parameter in module.parameters()]
-    return sum(size for wide, size in sizes if wide), sum(size for wide, size in sizes if not wide)
-
-
-def thin_widths(model: str, pixels: int, sparsity: float) -> tuple[int, ...]:
-    """Widths, all scaled alike, of the dense net that is nearest in size to the sparse one."""
-    build, full = MODELS[model]
-    net = build(pixels, full)
-    budget = sum(Sparsifier(net, sparsity, seed=0).counts.values()) + count_parameters(net)[1]
-    scaled = {tuple(max(1, round(width * i / 1000)) for width in full) for i in range(1, 1001)}
-    with torch.device("meta"):  # they are only counted
-        sizes = {widths: sum(count_parameters(build(pixels, widths))) for widths in scaled}
-    return min(sizes, key=lambda widths: (abs(sizes[widths] - budget), widths))
-
-
 def plan(
     models: Sequence[str], methods: Sequence[str], sparsities: Sequence[float], seeds: int, pixels: int
 ) -> list[Run]:
@@ -220,65 +142,6 @@ def plan(
             systems += [(m, sparsity, thin if m == "small-dense" else full) for m in methods]
         runs += [Run(model, *system, seed) for system in systems for seed in range(seeds)]
     return runs
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model, system and sparsity: means over the seeds, costs as ratios to the dense net."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["system"], row["sparsity"]), []).append(row)
-    summary = []
-    for (model, system, sparsity), group in groups.items():
-        accuracies = [row["accuracy"] for row in group]
-        first, dense = group[0], groups[model, "dense", 0.0][0]
-        summary.append(
-            {
-                "model": model,
-                "system": system,
-                "sparsity": sparsity,
-                "widths": first["widths"],
-                "runs": len(group),
-                "accuracy": statistics.mean(accuracies),
-                "spread": statistics.stdev(accuracies) if len(group) > 1 else math.nan,
-                "weights": first["weights"],
-                "always_dense": first["always_dense"],
-                "forward": first["forward"],
-                "forward_ratio": first["forward"] / dense["forward"],
-                "train": first["train"],
-                "train_ratio": first["train"] / dense["train"],
-                "seconds": statistics.mean(row["seconds"] for row in group),
-            }
-        )
-    return summary
-
-
-def table(model: str, summary: Sequence[dict[str, Any]]) -> Table:
-    """The summary of one model to look at."""
-    rows = [row for row in summary if row["model"] == model]
-    thin = {f"{row['sparsity']:.4g}": row["widths"] for row in rows if row["system"] == "small-dense"}
-    drawn = Table(
-        title=f"{model} {rows[0]['widths']} (seeds: {rows[0]['runs']})",
-        caption="; ".join(f"small-dense at {at}: {widths}" for at, widths in thin.items()),
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    drawn.add_column("\nsystem", no_wrap=True)
-    columns = ("\nsparsity", "test\naccuracy %", "active\nparameters", "inference\nFLOPs", "training\nFLOPs")
-    for column in (*columns, "time\n(s)"):
-        drawn.add_column(column, justify="right", no_wrap=True)
-    for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
-        drawn.add_row(
-            row["system"],
-            "" if "dense" in row["system"] else f"{row['sparsity']:.4g}",
-            f"{row['accuracy']:.2f}" + (f" ± {row['spread']:.2f}" if row["runs"] > 1 else ""),
-            f"{row['weights']:,} + {row['always_dense']:,}",
-            f"{row['forward_ratio']:.3f}",
-            f"{row['train_ratio']:.3f}",
-            f"{row['seconds']:.1f}",
-            end_section=row["sparsity"] != following["sparsity"],
-        )
-    return drawn
 
 
 def train_all(
@@ -318,14 +181,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line per row, under a line of names."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_pictures(
