@@ -42,7 +42,7 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
     flat = scores.detach().reshape(-1)
     likely = _likely(flat, count, among.reshape(-1), available)
     chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    chosen[likely[_highest(flat[likely], count)]] = True
+    chosen[likely] = _highest(flat[likely], count)
     return chosen.view(scores.shape)
 
 
@@ -59,7 +59,7 @@ def grow(scores: Tensor, kept: Tensor, count: int) -> Tensor:
 def _likely(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor:
     """Indices, in order, of candidates that include the ``count`` highest; in a large layer not many more."""
     stride = scores.numel() // _SAMPLE | 1  # odd, so that it does not follow the rows
-    if stride > 15:
+    if stride > 15 and count < available // 2:  # else a bound would spare little
         sample = scores[::stride][among[::stride]].float()
         expected = count * sample.numel() / available
         rank = int(expected + 5 * math.sqrt(expected) + 10)  # safely below the threshold
@@ -72,27 +72,32 @@ def _likely(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the ``count`` highest, of equal ones the first."""
+    """A bool over the scores: the ``count`` highest, of equal ones the first."""
     keys = _ordered_bits(scores)
     shift = keys.element_size() * 8 - 16
-    digits = (keys >> shift) + _BINS // 2  # the upper digit is signed
-    tied = torch.arange(len(keys), device=keys.device)  # those that share all digits seen so far
-    chosen = []
-    while True:
-        above, threshold = _threshold(digits, count)
-        chosen.append(tied[digits > threshold])
-        tied = tied[digits == threshold]
+    digits = (keys >> shift).add_(_BINS // 2)  # the upper digit is signed
+    above, threshold = _threshold(digits, count)
+    chosen = digits > threshold
+    tied = (digits == threshold).nonzero().view(-1)  # these share all digits seen so far with the threshold
+    while shift > 0 and len(tied) > count - above:
         count -= above
-        if shift == 0 or len(tied) == count:
-            return torch.cat([*chosen, tied[:count]])
         shift -= 16
         digits = (keys[tied] >> shift) & (_BINS - 1)
+        above, threshold = _threshold(digits, count)
+        chosen[tied[digits > threshold]] = True
+        tied = tied[digits == threshold]
+    chosen[tied[: count - above]] = True
+    return chosen
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
     """Integers in the order of the scores: int64 for float64, int32 for all other types."""
     wide = scores.dtype == torch.float64
-    bits = ((scores if wide else scores.float()) + 0.0).view(torch.int64 if wide else torch.int32)  # no -0.0
+    scores = scores if wide else scores.float()
+    bits = scores.view(torch.int64 if wide else torch.int32)
+    if bits.amin() >= 0:  # no sign bit anywhere: they are in order as they are
+        return bits
+    bits = (scores + 0.0).view(bits.dtype)  # -0.0 becomes 0.0
     return bits ^ ((bits >> (63 if wide else 31)) & torch.iinfo(bits.dtype).max)
 
 
