@@ -86,7 +86,7 @@ def train(run: Run, digits: Digits, epochs: int) -> Result:
     flops = FLOPsCallback()
     callbacks: list[Callback] = [flops]
     if "dense" not in run.system:
-        every = max(1, epochs * len(batches) // UPDATES)
+        every = max(10, epochs * len(batches) // UPDATES)
         schedule = UpdateSchedule(every=every, drop_fraction=DROP_FRACTION)
         rigl = RigLCallback(run.sparsity, method=run.system, schedule=schedule, seed=run.seed)
         first = FirstMasks(rigl)

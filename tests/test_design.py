@@ -37,6 +37,20 @@ PATH = [
 ]
 
 
+def test_the_names_in_the_table_exist():
+    section = DESIGN.read_text().split("## One RigL update")[1].split("## Decisions")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
+    files = {
+        name: (DESIGN.parent.parent / "lightning_rigl" / name).read_text()
+        for name in re.findall(r"`([a-z_/]+\.py)`", table)
+    }
+    for row in table.splitlines():
+        where = row.split("|")[1]
+        text = "".join(files[name] for name in re.findall(r"`([a-z_/]+\.py)`", where))
+        for name in re.findall(r"`([A-Za-z_.]+)`", re.sub(r"`[a-z_/]+\.py`", "", where)):
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", text), name
+
+
 def test_the_stated_number_of_lines_is_the_true_one():
     lines = sum(len(inspect.getsource(part).splitlines()) for part in PATH)
     stated = int(re.search(r"(\d+) lines to read", DESIGN.read_text()).group(1))

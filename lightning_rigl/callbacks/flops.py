@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -36,7 +37,7 @@ class FLOPsCallback(Callback):
     Logs ``flops/forward`` (per sample), ``flops/train`` (so far) and their ratios to the dense model,
     ``flops/forward_ratio`` and ``flops/train_ratio``, at topology updates, every ``log_every_n_steps`` and at
     epoch ends. In a distributed run each device counts its own samples. Totals continue from fit to fit and
-    from a checkpoint; a model of other layers starts them anew.
+    from a checkpoint; another module starts them anew.
 
     Args:
         convention: ``2mac`` counts two FLOPs per multiply-add of a weight; ``official`` adds one per output
@@ -61,6 +62,9 @@ class FLOPsCallback(Callback):
         self._tracer: Tracer | None = None
         self._watching = ExitStack()  # holds the tracer while a real step is watched
         self._warned = False  # of a batch whose size is unknown
+        self._module: weakref.ref[LightningModule] | None = None  # the one whose training is counted
+        self._fitting = False
+        self._empty = 0  # measurements that saw no product
 
     def report(self) -> FLOPsReport:
         """What the model costs now, layer by layer, and what its training has cost so far on this device.
@@ -71,6 +75,15 @@ class FLOPsCallback(Callback):
         if self._table is None:
             raise RuntimeError("nothing is measured yet: FLOPs are known after the first training batch")
         return report(self._table, self._counts, self._run.train, self._run.train_dense, self.convention)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew if a fit begins with another module; a checkpoint's totals come later."""
+        self._fitting = stage == "fit"
+        if self._fitting and self._module is not None and self._module() is not pl_module:
+            self._run = RunCost()
+            self._set_table(None)
+        if self._fitting or self._module is None:
+            self._module = weakref.ref(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew if the totals belong to another model."""
@@ -87,8 +100,7 @@ class FLOPsCallback(Callback):
         self._before = trainer.global_step, sparsifier.updates if sparsifier else 0
         self._set_counts(sparsifier.counts if sparsifier else {})
         if self._table is None:
-            self._set_table(measure_copy(trainer, pl_module, batch, batch_idx, self._samples(batch)))
-            self._warn_of_unknown()
+            self._accept(measure_copy(trainer, pl_module, batch, batch_idx, self._samples(batch)))
         if self._table is None:
             self._watching.close()
             self._tracer = self._watching.enter_context(Tracer(named_parameters(pl_module)))
@@ -105,8 +117,8 @@ class FLOPsCallback(Callback):
         self._watching.close()
         samples = self._samples(batch)
         if self._table is None and self._tracer is not None and samples:
-            self._set_table(self._tracer.table(samples))
-            self._warn_of_unknown()
+            self._accept(self._tracer.table(samples))
+            self._empty += self._table is None
         self._tracer = None
         if self._table is None:
             return
@@ -145,7 +157,9 @@ class FLOPsCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; one that is validated or tested leaves the totals of a fit alone."""
+        if self._table is not None and not self._fitting:
+            return
         if state_dict["convention"] != self.convention:
             raise MisconfigurationException(
                 f"FLOPsCallback(convention={self.convention!r}): the totals in the checkpoint are counted by "
@@ -158,11 +172,21 @@ class FLOPsCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds log and log_dict to the module, which a pickled callback must not drag along.
         kept = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**kept, "_tracer": None, "_watching": ExitStack()}
+        return {**kept, "_tracer": None, "_watching": ExitStack(), "_module": None}
 
     def _set_table(self, table: CostTable | None) -> None:
         self._table, self._forward = table, None
         self._forward_dense = forward_cost(table, {}, self.convention) if table else 0
+
+    def _accept(self, table: CostTable | None) -> None:
+        """Take a measurement, unless it saw no product: such a batch is no example of those to come."""
+        patient = self._empty < 10
+        if table is None or (patient and not table.layers and not table.other):
+            return
+        self._set_table(table)
+        self._warn_of_unknown()
+        if not table.layers and not table.other:
+            rank_zero_warn("FLOPsCallback: the first batches ran no product; the FLOPs of this model are 0")
 
     def _set_counts(self, counts: Mapping[str, int]) -> None:
         if counts != self._counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,12 @@ from lightning_rigl.callbacks.checks import (
 from lightning_rigl.callbacks.rhythm import log_levels, log_step
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
-from lightning_rigl.model.mask_files import check_state, identity, unpack_masks
+from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import UpdateSchedule
-from lightning_rigl.topology.tables import Table
+from lightning_rigl.topology.tables import Table, density_table
 
 
 class RigLCallback(Callback):
@@ -93,6 +94,9 @@ class RigLCallback(Callback):
             raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
         self.sparsifier: Sparsifier | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until the model is there
+        self._module: weakref.ref[LightningModule] | None = None  # the one that Lightning runs now
+        self._owner: weakref.ref[LightningModule] | None = None  # the one whose weights the state goes with
+        self._fitting = False
         self._resumed = False
         self._steps: dict[int, int] = {}  # of each optimizer, in manual optimization
         self._updated = False  # in this batch
@@ -109,26 +113,30 @@ class RigLCallback(Callback):
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density. Print it."""
-        if self.sparsifier is None:
-            raise RuntimeError("there is no sparse model yet: call summary() after trainer.fit has started")
-        return self.sparsifier.summary()
+        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        return density_table(f"sparse layers ({type(self.settings['method']).__name__})", shapes, counts)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is changed."""
-        if stage == "fit":
+        self._module, self._fitting, self._resumed = weakref.ref(pl_module), stage == "fit", False
+        if self._fitting:
             refuse_trainer(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the masks, or take those of the checkpoint; from here on the model is sparse."""
         refuse_optimizers(trainer)
         state, self._state = self._state, {}
-        self._resumed = bool(state)
+        if self._owner is None or self._owner() is not pl_module:
+            state = {}  # it goes with the weights of another model
+        known = self.sparsifier is not None and self.sparsifier.model is pl_module
+        if not state and known and not self._active().is_current():
+            state = self._active().state_dict()  # the parameters have moved, or have another type
         if state:
-            own = (self.settings[kind] for kind in ("sparsity", "method", "distribution", "pattern"))
-            masks = check_state(state, identity(*own))
+            masks = check_state(state, identity(**{kind: self.settings[kind] for kind in IDENTITY}))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, masks)
             self.sparsifier.load_state_dict(state)
-        elif self.sparsifier is None or self.sparsifier.model is not pl_module:
+        elif not known:
             method = self.settings["method"]
             refuse_unknown_length(trainer, method.schedule and (self.settings["schedule"] or method.schedule))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
@@ -204,14 +212,16 @@ class RigLCallback(Callback):
         return {**self.sparsifier.state_dict(), "steps": dict(self._steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the fit starts and the model is there."""
-        self._state = state_dict
+        """Keep the state until a fit starts; validate and test load one too, with weights it goes with."""
+        self._state, self._owner, self._resumed = state_dict, self._module, self._fitting
         self._steps = dict(state_dict.get("steps", {}))
+        if self.sparsifier is not None and self._module and self.sparsifier.model is self._module():
+            self.sparsifier = None  # its masks are not those of the weights any more
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: masks and counters travel as a checkpoint's state."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict", "sparsifier")}
-        return {**kept, "sparsifier": None, "_state": self.state_dict()}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")}
+        return {**kept, "sparsifier": None, "_module": None, "_owner": None, "_state": self.state_dict()}
 
     def _active(self) -> Sparsifier:
         assert self.sparsifier is not None, "on_fit_start makes it"

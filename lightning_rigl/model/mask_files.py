@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Paramet
             raise ValueError(
                 f"masks do not fit the model: {name} is {tuple(mask.shape)} in the masks and "
                 f"{tuple(parameters[name].shape)} in the model"
+            )
+        if not parameters[name].is_floating_point():
+            raise ValueError(
+                f"{name}: only floating parameters can be sparse, it is {parameters[name].dtype}"
             )
         if mask.dtype != torch.bool or not mask.any():
             raise ValueError(f"{name}: a mask is a bool tensor with at least one True, got {mask.dtype}")
@@ -86,8 +90,16 @@ def unpack_masks(packed: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: bits.unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()}
 
 
+IDENTITY = ("sparsity", "method", "distribution", "pattern", "include", "exclude")
+
+
 def identity(
-    sparsity: float | dict[str, float], method: Method, distribution: Distribution, pattern: Pattern
+    sparsity: float | dict[str, float],
+    method: Method,
+    distribution: Distribution,
+    pattern: Pattern,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
 ) -> dict[str, str]:
     """What a resumed run must share with the one that was saved, in words."""
 
@@ -96,7 +108,8 @@ def identity(
 
     each = {k: float(v) for k, v in sparsity.items()} if isinstance(sparsity, dict) else float(sparsity)
     parts = {"method": method, "distribution": distribution, "pattern": pattern}
-    return {**{kind: name(part) for kind, part in parts.items()}, "sparsity": str(each)}
+    rules = {"include": str(list(include or [])), "exclude": str(list(exclude or []))}
+    return {**{kind: name(part) for kind, part in parts.items()}, "sparsity": str(each), **rules}
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Tensor]:

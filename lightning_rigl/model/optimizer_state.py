@@ -19,8 +19,9 @@ def mixes_coordinates(optimizer: Optimizer) -> bool:
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether no gradient holds a nan or an infinity; reads the result back from the device."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    # a sum is finite only if all terms are; a half type could overflow on the way
-    return all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
+    # one cheap pass: a finite sum has finite terms; where it is not, it may have overflowed on the way
+    wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    return all(bool(s.isfinite()) or bool(g.isfinite().all()) for g, s in zip(grads, wide, strict=True))
 
 
 def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:

@@ -80,7 +80,9 @@ class Sparsifier:
         self.model = model
         self.method = runnable(Method.of(method))
         self.pattern = Pattern.of(pattern)
-        self.identity = mask_files.identity(sparsity, self.method, distribution, self.pattern)
+        self.identity = mask_files.identity(
+            sparsity, self.method, distribution, self.pattern, include, exclude
+        )
         self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
         self.seed = torch.initial_seed() if seed is None else seed
         self.masks = initial_masks.first_masks(
@@ -120,7 +122,6 @@ class Sparsifier:
         inactive = {self.parameters[name]: ~self.masks[name] for name in self._names_in(optimizer)}
         optimizer_state.reset(optimizer, inactive)
 
-    @torch.no_grad()
     def before_step(self, optimizer: Optimizer, step: int) -> bool:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
@@ -153,7 +154,6 @@ class Sparsifier:
             self._mask_gradients(names)
         return due
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
         if self._zeros_unchecked and self._stepped:
@@ -162,6 +162,7 @@ class Sparsifier:
         elif self.mixing:
             self.mask_weights()
 
+    @torch.no_grad()
     def update(self, optimizer: Optimizer, step: int) -> None:
         """Drop and grow in every layer of the optimizer, in place of its step.
 
@@ -184,13 +185,12 @@ class Sparsifier:
                 parameter.grad = None
         self.updates += 1
 
-    @torch.no_grad()
     def _replace_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Put a new mask in place and zero the weights it adds or takes away; returns where it changed."""
+        """Put a new mask in place; returns where it changed. Dropped weights become zero, new ones are it."""
         changed = self.masks[name] ^ mask
-        self.parameters[name].masked_fill_(changed, 0.0)
         self.masks[name].copy_(mask)
         self._integers[name].copy_(mask).neg_()
+        bits.and_(self.parameters[name].detach(), self._integers[name])
         return changed
 
     def mask_weights(self) -> None:
@@ -216,9 +216,22 @@ class Sparsifier:
         names = self._names
         return [names[p] for group in optimizer.param_groups for p in group["params"] if p in names]
 
+    def is_current(self) -> bool:
+        """Whether the model still has the parameters that the masks were made for, as they were."""
+        now = layers.named_parameters(self.model)
+        return all(
+            now.get(name) is parameter
+            and self.masks[name].device == parameter.device
+            and (
+                name not in self._integers or self._integers[name].element_size() == parameter.element_size()
+            )
+            for name, parameter in self.parameters.items()
+        )
+
+    @torch.no_grad()
     def check_zeros(self) -> None:
         """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
-        if any(((p.detach() != 0) > self.masks[name]).any() for name, p in self.parameters.items()):
+        if any(((p != 0) > self.masks[name]).count_nonzero() for name, p in self.parameters.items()):
             self.mixing = True
         if self.mixing:
             self.mask_weights()
@@ -230,8 +243,8 @@ class Sparsifier:
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density."""
-        sizes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        return density_table(f"sparse layers ({type(self.method).__name__})", sizes, self.counts)
+        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        return density_table(f"sparse layers ({type(self.method).__name__})", shapes, self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain types and tensors: masks at one bit a weight."""

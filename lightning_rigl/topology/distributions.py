@@ -182,6 +182,8 @@ def match(rules: Mapping[str, float], names: Iterable[str], what: str) -> dict[s
 
 def find(pattern: str, names: Sequence[str], what: str) -> list[str]:
     """The names in which a regular expression is found; ValueError with near misses if there are none."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
     try:
         found = [name for name in names if re.search(pattern, name)]
     except re.error as error:

@@ -57,12 +57,14 @@ class UpdateSchedule:
     end: int | float = 0.75
 
     def __post_init__(self) -> None:
-        every = _moment("every", self.every)
-        if not isinstance(every, int) or every < 1:
+        every = self.every
+        if isinstance(every, bool) or not isinstance(every, (int, float)):
+            raise TypeError(f"every: the steps between two updates, a whole number, got {every!r}")
+        if not every >= 1 or every % 1:
             raise ValueError(
-                f"every: the steps between two updates, a whole number of at least 1, got {self.every!r}"
+                f"every: the steps between two updates, a whole number of at least 1, got {every!r}"
             )
-        object.__setattr__(self, "every", every)  # 1e2 arrives from a command line as a float
+        object.__setattr__(self, "every", int(every))  # 1e2 arrives from a command line as a float
         object.__setattr__(self, "end", _moment("end", self.end))
         if self.begin is not None:
             object.__setattr__(self, "begin", _moment("begin", self.begin))
@@ -74,10 +76,10 @@ class UpdateSchedule:
             )
         if not isinstance(self.decay, str) or self.decay not in _DECAYS:
             raise ValueError(f"decay: unknown name {self.decay!r}; the known ones are {', '.join(_DECAYS)}")
-        if type(self.end) is type(self.begin) and self.end <= self.begin:
-            raise ValueError(
-                f"end={self.end} must come after begin={self.begin}; no update would ever be due"
-            )
+        begin = self.every if self.begin is None else self.begin
+        if type(self.end) is type(begin) and self.end <= begin:
+            first = f"every={begin}, the first update" if self.begin is None else f"begin={begin}"
+            raise ValueError(f"end={self.end} must come after {first}; no update would ever be due")
 
     @property
     def in_steps(self) -> bool:

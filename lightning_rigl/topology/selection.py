@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_BINS = 1 << 16
+_DIGIT = 11  # bits that one histogram looks at
 _SAMPLE = 1 << 12
 
 
@@ -15,8 +15,8 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
     """The ``count`` highest scores among the candidates.
 
     Exact, without sorting a layer: a sample of the scores gives a bound that most candidates fail; a radix
-    selection finds the threshold among the rest, by a histogram of the upper 16 bits of an order-preserving
-    integer, then of the next 16 bits inside one bin. The result does not depend on the device or the sample.
+    selection finds the threshold among the rest, by a histogram of the upper bits of an order-preserving
+    integer, then of the next bits inside one bin. The result does not depend on the device or the sample.
     Half types are ranked as float32; ``-0.0`` equals ``0.0``.
 
     Args:
@@ -34,7 +34,21 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
         >>> top(torch.tensor([3.0, 1.0, 3.0, 3.0]), 2, torch.tensor([True, True, True, True])).tolist()
         [True, False, True, False]
     """
-    available = int(among.count_nonzero())
+    return _top(scores, count, among, int(among.count_nonzero()))
+
+
+def drop(scores: Tensor, active: Tensor, count: int) -> Tensor:
+    """The active connections that stay when the ``count`` of lowest score are dropped; shapes as in `top`."""
+    available = int(active.count_nonzero())
+    return _top(scores, available - count, active, available)
+
+
+def grow(scores: Tensor, kept: Tensor, count: int) -> Tensor:
+    """``kept`` and the ``count`` connections of highest score outside it; shapes as in `top`."""
+    return top(scores, count, ~kept).logical_or_(kept)
+
+
+def _top(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor:
     if not 0 <= count <= available:
         raise ValueError(f"asked to select {count} of {available} candidates; the count must lie within them")
     if count in (0, available):
@@ -44,16 +58,6 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
     chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
     chosen[likely] = _highest(flat[likely], count)
     return chosen.view(scores.shape)
-
-
-def drop(scores: Tensor, active: Tensor, count: int) -> Tensor:
-    """The active connections that stay when the ``count`` of lowest score are dropped; shapes as in `top`."""
-    return top(scores, int(active.count_nonzero()) - count, active)
-
-
-def grow(scores: Tensor, kept: Tensor, count: int) -> Tensor:
-    """``kept`` and the ``count`` connections of highest score outside it; shapes as in `top`."""
-    return kept | top(scores, count, ~kept)
 
 
 def _likely(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor:
@@ -74,15 +78,16 @@ def _likely(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor
 def _highest(scores: Tensor, count: int) -> Tensor:
     """A bool over the scores: the ``count`` highest, of equal ones the first."""
     keys = _ordered_bits(scores)
-    shift = keys.element_size() * 8 - 16
-    digits = (keys >> shift).add_(_BINS // 2)  # the upper digit is signed
+    shift = keys.element_size() * 8 - _DIGIT
+    digits = (keys >> shift).add_(1 << (_DIGIT - 1))  # the upper digit is signed
     above, threshold = _threshold(digits, count)
     chosen = digits > threshold
     tied = (digits == threshold).nonzero().view(-1)  # these share all digits seen so far with the threshold
     while shift > 0 and len(tied) > count - above:
         count -= above
-        shift -= 16
-        digits = (keys[tied] >> shift) & (_BINS - 1)
+        width = min(shift, _DIGIT)
+        shift -= width
+        digits = (keys[tied] >> shift) & ((1 << width) - 1)
         above, threshold = _threshold(digits, count)
         chosen[tied[digits > threshold]] = True
         tied = tied[digits == threshold]
@@ -97,12 +102,15 @@ def _ordered_bits(scores: Tensor) -> Tensor:
     bits = scores.view(torch.int64 if wide else torch.int32)
     if bits.amin() >= 0:  # no sign bit anywhere: they are in order as they are
         return bits
-    bits = (scores + 0.0).view(bits.dtype)  # -0.0 becomes 0.0
+    plain = torch.where(scores.isnan(), torch.nan, scores + 0.0)  # a nan has no sign, -0.0 becomes 0.0
+    bits = plain.view(bits.dtype)
     return bits ^ ((bits >> (63 if wide else 31)) & torch.iinfo(bits.dtype).max)
 
 
 def _threshold(digits: Tensor, count: int) -> tuple[int, int]:
     """How many digits are above that of the ``count``-th highest, and that digit."""
-    reached = torch.bincount(digits, minlength=_BINS).flip(0).cumsum(0)  # have this digit or a higher one
+    reached = (
+        torch.bincount(digits, minlength=1 << _DIGIT).flip(0).cumsum(0)
+    )  # have this digit or a higher one
     place = int((reached < count).sum())
-    return int(reached[place - 1]) if place else 0, _BINS - 1 - place
+    return int(reached[place - 1]) if place else 0, (1 << _DIGIT) - 1 - place

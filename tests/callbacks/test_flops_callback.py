@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.nn import functional
@@ -598,11 +599,47 @@ def test_totals_continue_from_fit_to_fit_and_start_anew_with_another_model():
     fit(module, counter)
     fit(module, counter)
     assert counter.report().train == 2 * 20 * 3 * F_D
-    wide = Net()
+    fit(Net(), counter)
+    assert counter.report().train == 20 * 3 * F_D
+
+
+def test_totals_start_anew_when_the_layers_of_a_module_change():
+    counter, wide = FLOPsCallback(), Net()
+    fit(wide, counter)
     wide.net[0], wide.net[1], wide.net[4] = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
     with pytest.warns(UserWarning, match="start anew"):
         fit(wide, counter)
     assert counter.report().train == 20 * 3 * 2 * F_D
+
+
+def test_a_validation_of_an_earlier_checkpoint_leaves_the_totals_alone(tmp_path):
+    class Validated(Net):
+        def validation_step(self, batch, batch_idx):
+            self.loss(batch)
+
+    counter, module = FLOPsCallback(), Validated()
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=5)
+    run = trainer(counter, keep, enable_checkpointing=True)
+    run.fit(module, batches(*[8] * 20))
+    spent = counter.report().train
+    early = tmp_path / "step=5.ckpt"
+    run.validate(module, batches(8), ckpt_path=early, verbose=False)
+    assert counter.report().train == spent == 160 * 3 * F_D
+    fresh = FLOPsCallback()
+    trainer(fresh).validate(module, batches(8), ckpt_path=early, verbose=False)
+    assert fresh.report().train == spent // 4  # what the checkpoint knows
+
+
+def test_a_first_batch_without_a_product_is_not_taken_for_the_model():
+    class Late(Net):
+        def training_step(self, batch, batch_idx):
+            return (
+                None if self.global_step == 0 and batch_idx == 0 else super().training_step(batch, batch_idx)
+            )
+
+    counter = FLOPsCallback()
+    fit(Late(), counter)
+    assert counter.report().forward_dense == F_D
 
 
 def test_a_used_callback_can_be_copied_and_pickled_without_the_model():

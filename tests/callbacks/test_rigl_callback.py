@@ -171,6 +171,15 @@ def test_resuming_at_an_epoch_end_is_bitwise_exact(method, optimizer, tmp_path):
         assert again.sparsifier.updates == rigl.sparsifier.updates == (0 if method == "static" else 4)
 
 
+def test_resuming_with_other_layers_is_refused(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
+    with pytest.raises(ValueError, match=r"exclude \[\], and this one has \['net.2'\]"):
+        trainer(RigLCallback(0.8, exclude=["net.2"]), max_epochs=9).fit(
+            small(), data(), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
 def test_a_resumed_run_keeps_the_schedule_it_resolved(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="last")
     trainer(RigLCallback(0.8, schedule=SCHEDULE), keep, enable_checkpointing=True).fit(small(), data())
@@ -205,6 +214,85 @@ def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path):
     other.net[0] = nn.Linear(16, 30)
     with pytest.raises(ValueError, match=r"net\.0\.weight is \(24, 16\) in the masks and \(30, 16\)"):
         trainer(RigLCallback(0.8, init=str(tmp_path / "last.ckpt"))).fit(other, data())
+
+
+class TestOtherStages:
+    """Validate and test may load a checkpoint: its weights, and the masks that go with them."""
+
+    SCHEDULE = UpdateSchedule(every=3, end=0.75, drop_fraction=0.5)
+
+    def fitted(self, tmp_path, **settings):
+        """After a fit of 24 steps, with a checkpoint of step 8."""
+        rigl, module = RigLCallback(0.8, schedule=self.SCHEDULE, **settings), small()
+        keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_epochs=1)
+        fit = trainer(rigl, keep, max_epochs=3, enable_checkpointing=True)
+        fit.fit(module, data(), data())
+        return rigl, module, fit, tmp_path / "step=8.ckpt"
+
+    def test_the_masks_are_those_of_the_weights(self, tmp_path):
+        rigl, module, fit, early = self.fitted(tmp_path)
+        final = {name: mask.clone() for name, mask in rigl.masks.items()}
+        fit.validate(module, data(), ckpt_path=early, verbose=False)
+        assert any(not torch.equal(final[name], mask) for name, mask in rigl.masks.items())
+        for name, mask in rigl.masks.items():
+            assert (module.get_parameter(name)[~mask] == 0).all()
+        assert rigl.summary().total[2] == f"{sum(int(m.sum()) for m in final.values())} of 480"
+        fit.save_checkpoint(tmp_path / "again.ckpt")
+        saved = torch.load(tmp_path / "again.ckpt", weights_only=True)["callbacks"]["RigLCallback"]["masks"]
+        early_masks = torch.load(early, weights_only=True)["callbacks"]["RigLCallback"]["masks"]
+        assert all(torch.equal(saved[k]["bits"], early_masks[k]["bits"]) for k in saved)
+
+    def test_a_fit_on_from_there_keeps_the_masks_and_resolves_anew(self, tmp_path):
+        rigl, module, _, early = self.fitted(tmp_path)
+        again = trainer(rigl, max_epochs=6)
+        again.validate(module, data(), ckpt_path=early, verbose=False)
+        masks = {name: mask.clone() for name, mask in rigl.masks.items()}
+        again.fit_loop.max_epochs = 6
+        starts = []
+
+        class Look(pl.Callback):
+            def on_train_start(self, trainer, module):
+                starts.append(all(torch.equal(masks[k], m) for k, m in rigl.masks.items()))
+
+        again.callbacks.append(Look())
+        again.fit(module, data())
+        assert starts == [True]
+        assert rigl.sparsifier.timetable.end == 36
+
+    def test_a_new_model_starts_anew_after_a_validation(self, tmp_path):
+        rigl, _, fit, early = self.fitted(tmp_path)
+        first = {name: mask.clone() for name, mask in rigl.masks.items()}
+        fit.validate(small(), data(), ckpt_path=early, verbose=False)
+        trainer(rigl, max_epochs=3).fit(small(seed=2), data())
+        assert rigl.sparsifier.seed == 2
+        assert rigl.sparsifier.updates == 5  # 3 .. 15
+        assert any(not torch.equal(first[k], m) for k, m in rigl.masks.items())
+
+    def test_a_foreign_checkpoint_does_not_decide_a_later_fit(self, tmp_path):
+        early = self.fitted(tmp_path, seed=1)[3]
+        rigl = RigLCallback(0.8, schedule=self.SCHEDULE, seed=2)
+        trainer(rigl).validate(small(), data(), ckpt_path=early, verbose=False)
+        assert rigl.masks
+        trainer(rigl).fit(small(), data())
+        assert rigl.sparsifier.seed == 2
+
+
+def test_a_second_fit_follows_parameters_of_another_type():
+    rigl, module = RigLCallback(0.8, schedule=UpdateSchedule(every=3, end=30)), small()
+    trainer(rigl, max_epochs=2).fit(module, data())
+    masks = {name: mask.clone() for name, mask in rigl.masks.items()}
+    module.double()
+    trainer(rigl, Watch(rigl), max_epochs=1).fit(module, data(dtype=torch.float64))
+    assert not all(torch.equal(masks[k], m) for k, m in rigl.masks.items())  # it has gone on updating
+    assert rigl.sparsifier.updates == 7  # 3 .. 15, then 3 and 6
+
+
+def test_a_second_fit_of_a_module_with_another_layer_is_refused():
+    rigl, module = RigLCallback(0.8), small()
+    trainer(rigl, max_epochs=1).fit(module, data())
+    module.net[2] = nn.Linear(24, 5)
+    with pytest.raises(ValueError, match=r"net\.2\.weight is \(4, 24\) in the masks and \(5, 24\)"):
+        trainer(rigl, max_epochs=1).fit(module, data())
 
 
 def test_masks_of_a_checkpoint_start_a_new_run(tmp_path):
@@ -251,7 +339,7 @@ def test_validate_before_fit_changes_nothing():
     assert equal(before, weights(module))
     with pytest.raises(RuntimeError, match=r"trainer\.fit makes them"):
         _ = rigl.masks
-    with pytest.raises(RuntimeError, match="call summary"):
+    with pytest.raises(RuntimeError, match=r"trainer\.fit makes them"):
         rigl.summary()
     trainer(rigl).fit(module, data())
     assert rigl.masks
@@ -378,6 +466,21 @@ def test_in_manual_optimization_each_optimizer_counts_its_own_steps():
     assert rigl._steps == {0: 40, 1: 20}
     assert rigl.sparsifier._last == {"net.0.weight": 18, "net.2.weight": 18, "other.weight": 18}
     assert rigl.sparsifier.updates == 6
+
+
+def test_resuming_in_manual_optimization_is_bitwise_exact(tmp_path):
+    def run(epochs, ckpt=None):
+        torch.manual_seed(0)
+        module, rigl = Manual(), RigLCallback(0.6, schedule=UpdateSchedule(every=3, end=18), seed=1)
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer(rigl, keep, max_epochs=epochs, enable_checkpointing=True).fit(module, data(), ckpt_path=ckpt)
+        return weights(module), rigl
+
+    straight, rigl = run(4)
+    resumed, again = run(4, tmp_path / "epoch=1.ckpt")
+    assert equal(straight, resumed)
+    assert rigl._steps == again._steps == {0: 32, 1: 16}
+    assert rigl.sparsifier.updates == again.sparsifier.updates == 10
 
 
 class Bypass(Manual):
@@ -530,13 +633,17 @@ def test_two_processes_agree(tmp_path):
             if trainer.global_rank == 0:
                 torch.save((weights(module), rigl.masks), tmp_path / "two.pt")
 
+    class OwnSeeds(pl.Callback):
+        def setup(self, trainer, module, stage):
+            torch.manual_seed(100 * trainer.global_rank)  # the masks are rank 0's all the same
+
     rigl = RigLCallback(0.8, schedule=SCHEDULE)
     settings = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     halves = data(batch_size=4, dtype=torch.float64)
     halves = DataLoader(halves.dataset, batch_size=4, sampler=Halves(len(halves.dataset)))
-    trainer(rigl, Agree(), **settings).fit(small(dtype=torch.float64), halves)
+    trainer(OwnSeeds(), rigl, Agree(), **settings).fit(small(dtype=torch.float64), halves)
     two, two_masks = torch.load(tmp_path / "two.pt")
-    module, single = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE)
+    module, single = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE, seed=0)
     trainer(single).fit(module, data(batch_size=8, dtype=torch.float64))
     assert all(torch.equal(two_masks[k], single.masks[k]) for k in two_masks)
     for a, b in zip(two, weights(module), strict=True):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl import ERK, Method, PerLayer, Sparsifier, Uniform, UpdateSchedule, load_masks
+from lightning_rigl.model.initial_masks import private_generator
 from tests.model.problems import MIXING, OPTIMIZERS, batches, network
 
 SCHEDULE = UpdateSchedule(every=5, end=24, drop_fraction=0.5)
@@ -220,6 +221,45 @@ def check_counts(sparsity, method, seed):
         assert {k: int(m.sum()) for k, m in sparsifier.masks.items()} == counts
 
 
+def test_layers_of_equal_shape_have_masks_and_randomness_of_their_own():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    first, second = Sparsifier(model, 0.8, "set", seed=0).masks.values()
+    assert not torch.equal(first, second)
+    draws = [torch.rand(4, generator=private_generator(0, name, step)) for name in "ab" for step in (1, 2)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+
+
+def test_half_gradients_are_scored_in_single_precision():
+    seen = []
+
+    class Product(Method):
+        gradient = "at_updates"
+
+        def drop_score(self, layer):
+            return layer.weight.abs()
+
+        def grow_score(self, layer):
+            seen.append(layer.grad.dtype)
+            return layer.grad.abs() * 1e-6  # below the smallest half
+
+    model = nn.Linear(8, 8).half()
+    sparsifier = Sparsifier(model, 0.5, Product(), schedule=SCHEDULE)
+    sparsifier.start()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.weight.grad = torch.rand(8, 8).half() * 0.01
+    sparsifier.before_step(optimizer, 5)
+    assert seen == [torch.float32]
+
+
+def test_large_but_finite_gradients_do_not_postpone():
+    model = nn.Linear(40, 40)
+    sparsifier = Sparsifier(model, 0.5, schedule=SCHEDULE)
+    sparsifier.start()
+    model.weight.grad = torch.full((40, 40), 1e37)  # their sum overflows
+    assert sparsifier.before_step(torch.optim.SGD(model.parameters(), 0.1), 5)
+    assert sparsifier.postponed == 0
+
+
 def test_the_same_seed_gives_the_same_run_and_the_global_generator_is_not_used():
     def run(seed):
         model = network()
@@ -417,6 +457,10 @@ def test_a_state_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="do not fit the model"):
         Sparsifier(nn.Sequential(nn.Linear(3, 4)), 0.7).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"there are none for 0\.weight"):
+        Sparsifier(network(), 0.7).load_state_dict(
+            {**saved, "masks": {k: saved["masks"][k] for k in ["2.weight"]}}
+        )
+    with pytest.raises(ValueError, match=r"exclude \['\^0'\], and this one has \[\]"):
         Sparsifier(network(), 0.7).load_state_dict(Sparsifier(network(), 0.7, exclude=["^0"]).state_dict())
 
 

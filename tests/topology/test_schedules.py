@@ -69,7 +69,7 @@ def test_fractions_equal_the_twin(step, end, alpha, decay):
 
 
 def test_the_number_dropped_is_truncated_in_double_precision():
-    fraction = UpdateSchedule(drop_fraction=0.3, decay="constant", end=10).resolve(None).fraction(1)
+    fraction = UpdateSchedule(every=1, drop_fraction=0.3, decay="constant", end=10).resolve(None).fraction(1)
     assert [int(fraction * active) for active in (1000, 7, 2**24 + 3)] == [300, 2, 5_033_165]
 
 
@@ -82,6 +82,7 @@ def test_the_number_dropped_is_truncated_in_double_precision():
         ({"end": float("nan")}, "whole number"),
         ({"begin": 100, "end": 100}, "end=100 must come after begin=100"),
         ({"begin": 0.5, "end": 0.5}, "must come after"),
+        ({"every": 100, "end": 50}, "end=50 must come after every=100, the first update"),
         ({"decay": ["cosine"]}, "the known ones are"),
         ({"every": 0}, "at least 1"),
         ({"every": 0.5}, "at least 1"),
@@ -105,7 +106,7 @@ def test_other_types_are_refused(arguments):
 def test_a_fraction_of_an_unknown_length_names_the_way_out():
     with pytest.raises(ValueError, match=r"end=<steps>.*max_steps"):
         UpdateSchedule().resolve(None)
-    assert UpdateSchedule(end=50).resolve(None).end == 50
+    assert UpdateSchedule(every=10, end=50).resolve(None).end == 50
 
 
 def test_a_run_too_short_has_no_update():

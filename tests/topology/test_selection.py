@@ -48,6 +48,30 @@ def test_scores_that_share_their_upper_bits_are_told_apart():
     assert top(fine, 1, torch.ones(4, dtype=torch.bool)).tolist() == [False, False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_nan_of_any_sign_ranks_above_infinity(dtype):
+    nan = torch.tensor([1.0, float("inf"), float("nan"), 2.0, float("nan")], dtype=dtype)
+    nan[4] = -nan[4]
+    assert top(nan, 2, torch.ones(5, dtype=torch.bool)).tolist() == [False, False, True, False, True]
+    nan[0] = -1.0  # another path: there are signs
+    assert top(nan, 3, torch.ones(5, dtype=torch.bool)).tolist() == [False, True, True, False, True]
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.floats(0, 1))
+def test_what_an_update_chooses(problem, fraction):
+    """Kept within active, grown disjoint from kept, counts exact, and the same each time."""
+    scores, _, active = problem
+    count = int(fraction * int(active.sum()))
+    kept = drop(scores, active, count)
+    new = grow(scores.flip(0), kept, count)
+    assert not (kept & ~active).any()
+    assert int(kept.sum()) == int(active.sum()) - count
+    assert (new | kept).equal(new)
+    assert int((new & ~kept).sum()) == count
+    assert torch.equal(new, grow(scores.flip(0), drop(scores, active, count), count))
+
+
 def test_drop_never_keeps_an_inactive_connection_and_grow_never_takes_a_kept_one():
     active = torch.tensor([True, True, False, False, True])
     kept = drop(torch.zeros(5), active, 1)  # all tie at zero with the inactive ones
