@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import LBFGS
 
-from lightning_rigl.topology.schedules import UpdateSchedule
+from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
 
 
 def refuse_trainer(trainer: Trainer) -> None:
@@ -51,3 +51,18 @@ def training_length(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole training; None if unknown (an endless loader, or no limit at all)."""
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total >= 0 else None
+
+
+def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None) -> str | None:
+    """What to say of a training that is too short for its updates; None if there is nothing to say."""
+    trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+    if timetable is None or length is None or trial:
+        return None
+    if timetable.begin >= min(length, timetable.end):
+        return (
+            f"no topology update will take place: the first is due at step {timetable.begin}, updates end at "
+            f"{timetable.end}, training has {length} steps; lower every, or begin"
+        )
+    if length < timetable.end:
+        return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
+    return None

@@ -8,30 +8,28 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 
-def should_log(trainer: Trainer, event: bool = False) -> bool:
-    """Whether this training step is worth a point: every ``log_every_n_steps``, and when something happened.
-
-    Args:
-        trainer: the running trainer.
-        event: something happened on this step that should be seen at once.
-    """
-    return not trainer.barebones and (event or trainer._logger_connector.should_update_logs)
-
-
 def log_step(
     trainer: Trainer,
     module: LightningModule,
     levels: Callable[[], Mapping[str, float]],
     event: bool = False,
 ) -> None:
-    """Log levels from ``on_train_batch_end`` if `should_log` says so; they are not computed otherwise.
+    """Log from ``on_train_batch_end``, every ``log_every_n_steps`` and when something has happened.
 
     Lightning passes on to the loggers, every ``log_every_n_steps``, what its module logged last; an event in
     between goes to the loggers directly, at its own step.
+
+    Args:
+        trainer: the running trainer.
+        module: the module that is trained.
+        levels: name -> value; called only when something is logged.
+        event: something has happened on this step.
     """
-    if should_log(trainer):
+    if trainer.barebones:
+        return
+    if trainer._logger_connector.should_update_logs:
         log_levels(module, levels(), on_step=True)
-    elif should_log(trainer, event):
+    elif event:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of `LightningModule.log`
         for logger in trainer.loggers:
             logger.log_metrics(dict(levels()), step=step)

@@ -15,6 +15,7 @@ from lightning_rigl.callbacks.checks import (
     refuse_optimizers,
     refuse_trainer,
     refuse_unknown_length,
+    shortfall,
     training_length,
 )
 from lightning_rigl.callbacks.rhythm import log_levels, log_step
@@ -160,7 +161,8 @@ class RigLCallback(Callback):
             sparsifier.start(length, trainer.global_step if pl_module.automatic_optimization else own_steps)
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
-        self._warn_if_short(trainer, length)
+        if message := shortfall(trainer, sparsifier.timetable, length):
+            self._say(message)
         self._log_hyperparameters(trainer)
 
     def on_before_optimizer_step(
@@ -191,7 +193,7 @@ class RigLCallback(Callback):
         sparsifier = self._active()
         sparsifier.after_step()
         self._say_if_mixing()
-        log_step(trainer, pl_module, lambda: self._levels(), event=self._updated)
+        log_step(trainer, pl_module, self._levels, event=self._updated)
         self._updated = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,21 +236,6 @@ class RigLCallback(Callback):
             "sparsity/drop_fraction": sparsifier.drop_fraction,
             "sparsity/updates": float(sparsifier.updates),
         }
-
-    def _warn_if_short(self, trainer: Trainer, length: int | None) -> None:
-        timetable = self._active().timetable
-        trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-        if timetable is None or length is None or trial:
-            return
-        if timetable.begin >= min(length, timetable.end):
-            self._say(
-                f"no topology update will take place: the first is due at step {timetable.begin}, updates "
-                f"end at {timetable.end}, training has {length} steps; lower every, or begin"
-            )
-        elif length < timetable.end:
-            self._say(
-                f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
-            )
 
     def _log_hyperparameters(self, trainer: Trainer) -> None:
         sparsifier = self._active()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def mixes_coordinates(optimizer: Optimizer) -> bool:
-    """Whether the optimizer is known to move weights whose own gradient and state are zero."""
-    return any(kind.__name__ == "Muon" for kind in type(optimizer).__mro__)
+@cache
+def mixes_coordinates(kind: type[Optimizer]) -> bool:
+    """Whether optimizers of this class are known to move weights whose own gradient and state are zero."""
+    return any(ancestor.__name__ == "Muon" for ancestor in kind.__mro__)
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
