@@ -150,7 +150,7 @@ class Sparsifier:
         if due:
             self.update(optimizer, step)
         else:
-            self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))
+            self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
             self._mask_gradients(names)
         return due
 
