@@ -192,7 +192,6 @@ def main() -> None:
     result = {
         "command": "python benchmarks/overhead.py",
         "machine": describe(),
-        # the small model first: a process that has trained a large one runs it slower
         "masking_lenet_300_100_batch_128": masking(lenet, digits, steps=400, rounds=15),
         "masking_resnet50_batch_16_224px": masking(resnet50, images, steps=arguments.steps, rounds=5),
         "update_resnet50": update(rounds=7),
