@@ -4,10 +4,12 @@ import inspect
 import re
 from pathlib import Path
 
+from lightning_rigl.callbacks.clock import Clock
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections
 from lightning_rigl.methods.rigl import RigL
-from lightning_rigl.model import initial_masks, new_mask, optimizer_state
+from lightning_rigl.model import initial_masks, new_mask, optimizer_state, sharding, sparsifier
+from lightning_rigl.model.sparse_layer import SparseLayer
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology import selection
 from lightning_rigl.topology.patterns import Unstructured
@@ -16,15 +18,27 @@ from lightning_rigl.topology.schedules import Timetable
 DESIGN = Path(__file__).parent.parent / "docs" / "design.md"
 PATH = [
     RigLCallback.on_before_optimizer_step,
-    RigLCallback._count_step,
+    Clock.step,
+    Clock.time,
+    Clock.tick,
+    Clock.is_over,
     Sparsifier.before_step,
-    Sparsifier._names_in,
+    Sparsifier._due,
+    sparsifier._last,
+    Sparsifier._layers_in,
+    Sparsifier._gradients_are_finite,
     optimizer_state.gradients_are_finite,
+    sharding.everywhere,
     Timetable,
     Sparsifier.update,
     Sparsifier.check_zeros,
-    Sparsifier.mask_weights,
-    Sparsifier._replace_mask,
+    SparseLayer.has_strays,
+    Sparsifier._new_mask,
+    SparseLayer.replace,
+    SparseLayer.mask_weight,
+    sparsifier._drop_gradients,
+    Sparsifier.check_agreement,
+    sharding.check_same,
     initial_masks.private_generator,
     new_mask,
     Connections,

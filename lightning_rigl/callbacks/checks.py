@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.prune import is_pruned
 from torch.optim import LBFGS
 
-from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
+from lightning_rigl.model.layers import select
 
 
 def refuse_trainer(trainer: Trainer) -> None:
-    """Raise MisconfigurationException for a strategy or a callback that sparse training cannot run beside."""
-    strategy = trainer.strategy
-    sharded = isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
-    if sharded or "XLA" in type(strategy).__name__:
+    """Raise MisconfigurationException for a Trainer, strategy or callback that sparsity cannot run with."""
+    if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
-            f"RigLCallback does not run with {type(strategy).__name__}: it needs the whole gradient of each "
-            "layer in each process; use strategy='ddp' or a single device"
+            f"RigLCallback is a callback of lightning.pytorch, this Trainer is {type(trainer).__module__}'s; "
+            "take Trainer and LightningModule from lightning.pytorch (pip install lightning), which has the "
+            "same names as pytorch_lightning"
         )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+    strategy = trainer.strategy
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy)) or "XLA" in type(strategy).__name__:
+        raise MisconfigurationException(
+            f"RigLCallback does not run with {type(strategy).__name__}, which hides the gradient of a layer "
+            "from callbacks; use strategy='ddp', or ModelParallelStrategy (FSDP2) for sharded parameters"
+        )
+    if any(isinstance(callback, ModelPruning) for callback in _callbacks(trainer)):
         raise MisconfigurationException(
             "RigLCallback and ModelPruning both decide which weights are zero; remove one of them"
+        )
+
+
+def refuse_module(module: nn.Module) -> None:
+    """Raise MisconfigurationException for a module that torch.nn.utils.prune has masked already."""
+    if is_pruned(module):
+        pruned = [name for name, _ in module.named_parameters() if name.endswith("_orig")]
+        raise MisconfigurationException(
+            f"{', '.join(pruned[:5])}: pruned by torch.nn.utils.prune, which computes the weight anew in "
+            "each forward pass; call torch.nn.utils.prune.remove(layer, 'weight'), start with init='nonzero'"
         )
 
 
@@ -38,31 +55,49 @@ def refuse_optimizers(trainer: Trainer) -> None:
         )
 
 
-def refuse_unknown_length(trainer: Trainer, schedule: UpdateSchedule | None) -> None:
-    """Raise ValueError for a schedule in fractions of a length that nobody knows.
-
-    The length is asked for only where it can be unknown, because that loads the training data.
-    """
-    if schedule is not None and not schedule.in_steps and trainer.max_steps == -1:
-        schedule.resolve(training_length(trainer))
-
-
-def training_length(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole training; None if unknown (an endless loader, or no limit at all)."""
-    total = trainer.estimated_stepping_batches
-    return int(total) if math.isfinite(total) and total >= 0 else None
-
-
-def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None) -> str | None:
-    """What to say of a training that is too short for its updates; None if there is nothing to say."""
-    trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-    if timetable is None or length is None or trial:
-        return None
-    if timetable.begin >= min(length, timetable.end):
-        return (
-            f"no topology update will take place: the first is due at step {timetable.begin}, updates end at "
-            f"{timetable.end}, training has {length} steps; lower every, or begin"
+def concerns(trainer: Trainer) -> Iterator[str]:
+    """What works, but not as its user may think."""
+    if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+        yield (
+            "a checkpoint callback has save_weights_only=True: its checkpoints hold no masks, and no run can "
+            "be resumed from them; init='nonzero' takes the weights that are not zero, which are fewer than "
+            "the active connections just after an update"
         )
-    if length < timetable.end:
-        return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
+    if any(isinstance(callback, LearningRateFinder) for callback in _callbacks(trainer)):
+        yield "LearningRateFinder searches without other callbacks: its rate is that of the dense model"
+
+
+def trained_before(
+    module: LightningModule, include: list[str] | None, exclude: list[str] | None, dense_checkpoint: bool
+) -> str | None:
+    """What to say of random masks on weights that are no first ones; None if nothing shows that."""
+    sign = "the checkpoint has no masks" if dense_checkpoint else _sign_of_training(module, include, exclude)
+    return sign and (
+        f"the model has been trained before ({sign}), and random masks discard most of it; "
+        "init='magnitude' keeps the largest weights, 'nonzero' or a checkpoint those of a sparse run"
+    )
+
+
+def _sign_of_training(
+    module: LightningModule, include: list[str] | None, exclude: list[str] | None
+) -> str | None:
+    for name, parameter in select(module, include, exclude).items():
+        zeros = int((parameter.detach() == 0).sum())
+        if 0.05 < zeros / parameter.numel() < 1:
+            return f"{name} has {zeros:,} zeros"
+    for name, layer in module.named_modules():
+        batches = layer.num_batches_tracked if isinstance(layer, _NormBase) else None
+        if batches is not None and batches > 0:
+            return f"{name} has the statistics of {int(batches):,} batches"
+        if (
+            isinstance(layer, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+            and layer.weight is not None
+        ):
+            scale = layer.weight.detach()
+            if (scale != scale.flatten()[0]).any():
+                return f"{name}.weight differs from its first value"
     return None
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by a connector

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+
+from lightning_rigl.model.sparsifier import Sparsifier
 
 
 def log_step(
@@ -53,3 +56,21 @@ def log_levels(module: LightningModule, levels: Mapping[str, float], on_step: bo
         sync_dist=True,
         rank_zero_only=True,
     )
+
+
+def sparsity_levels(sparsifier: Sparsifier) -> dict[str, float]:
+    """What `RigLCallback` logs."""
+    return {
+        "sparsity/density": sparsifier.density,
+        "sparsity/drop_fraction": sparsifier.drop_fraction,
+        "sparsity/updates": float(sparsifier.updates),
+    }
+
+
+def log_hyperparameters(trainer: Trainer, sparsifier: Sparsifier, settings: Mapping[str, Any]) -> None:
+    """Hand the settings to the loggers, and what became of them: schedule, its end in steps, seed."""
+    end = sparsifier.timetable.end if sparsifier.timetable else None
+    resolved = {**settings, "schedule": sparsifier.schedule, "seed": sparsifier.seed, "end": end}
+    plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in resolved.items()}
+    for logger in trainer.loggers:
+        logger.log_hyperparams({f"sparsity/{name}": value for name, value in plain.items()})

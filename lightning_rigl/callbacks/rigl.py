@@ -11,14 +11,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rigl.callbacks.averaging import follow_averages, mask_saved_weights
 from lightning_rigl.callbacks.checks import (
+    concerns,
+    refuse_module,
     refuse_optimizers,
     refuse_trainer,
-    refuse_unknown_length,
-    shortfall,
-    training_length,
+    trained_before,
 )
-from lightning_rigl.callbacks.rhythm import log_levels, log_step
+from lightning_rigl.callbacks.clock import Clock, shortfall
+from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
@@ -99,7 +101,8 @@ class RigLCallback(Callback):
         self._owner: weakref.ref[LightningModule] | None = None  # the one whose weights the state goes with
         self._fitting = False
         self._resumed = False
-        self._steps: dict[int, int] = {}  # of each optimizer, in manual optimization
+        self._dense_checkpoint = False  # the weights come from a run without this callback
+        self._clock = Clock()
         self._updated = False  # in this batch
         self._said: set[str] = set()
 
@@ -110,10 +113,16 @@ class RigLCallback(Callback):
             return self.sparsifier.masks
         if self._state:
             return unpack_masks(self._state["masks"])
-        raise RuntimeError("there are no masks yet: trainer.fit makes them, or loads them with a checkpoint")
+        raise RuntimeError(
+            "there are no masks here: trainer.fit makes them, or loads them with a checkpoint; ddp_fork, "
+            "ddp_spawn and ddp_notebook leave them in the processes that trained, and "
+            "load_masks(trainer.checkpoint_callback.best_model_path) reads them from a checkpoint"
+        )
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density. Print it."""
+        if self.sparsifier is not None:
+            return self.sparsifier.summary()
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
         return density_table(f"sparse layers ({type(self.settings['method']).__name__})", shapes, counts)
@@ -123,9 +132,13 @@ class RigLCallback(Callback):
         self._module, self._fitting, self._resumed = weakref.ref(pl_module), stage == "fit", False
         if self._fitting:
             refuse_trainer(trainer)
+            follow_averages(trainer, self)
+            self._clock.set_up(trainer)
+            self._dense_checkpoint = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the masks, or take those of the checkpoint; from here on the model is sparse."""
+        refuse_module(pl_module)
         refuse_optimizers(trainer)
         state, self._state = self._state, {}
         if self._owner is None or self._owner() is not pl_module:
@@ -139,9 +152,13 @@ class RigLCallback(Callback):
             self.sparsifier.load_state_dict(state)
         elif not known:
             method = self.settings["method"]
-            refuse_unknown_length(trainer, method.schedule and (self.settings["schedule"] or method.schedule))
+            schedule = method.schedule and (self.settings["schedule"] or method.schedule)
+            self._clock.refuse_unknown(trainer, schedule)
+            if self.settings["init"] == "random":
+                rules = self.settings["include"], self.settings["exclude"]
+                self._say(trained_before(pl_module, *rules, self._dense_checkpoint))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
-            self._steps = {}
+            self._clock.steps = {}
 
     def _new_sparsifier(
         self, trainer: Trainer, module: LightningModule, init: str | dict[str, Tensor]
@@ -152,39 +169,53 @@ class RigLCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule now that the length of training is known; a resumed run keeps its own."""
-        sparsifier = self._active()
-        length = training_length(trainer)
-        if trainer.global_step == 0:
-            self._steps = {}
-        if not self._resumed or trainer.global_step == 0:
-            own_steps = None if self._steps else 0  # in manual optimization; None goes on
-            sparsifier.start(length, trainer.global_step if pl_module.automatic_optimization else own_steps)
+        if self._state:
+            self.on_fit_start(trainer, pl_module)  # strategies that shard restore a checkpoint after it
+        sparsifier, step = self._active(), self._clock.start(trainer)
+        if self._resumed and trainer.global_step > 0:
+            sparsifier.check_agreement()
+        else:
+            sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
-        if message := shortfall(trainer, sparsifier.timetable, length):
+        for message in (shortfall(trainer, sparsifier.timetable, self._clock.length), *concerns(trainer)):
             self._say(message)
-        self._log_hyperparameters(trainer)
+        log_hyperparameters(trainer, sparsifier, self.settings)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the zeros, should a weight average have taken the model's place."""
+        self._active().mask_weights()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In manual optimization mask the gradients now: the user may clip them before the step."""
+        if not pl_module.automatic_optimization:
+            sparsifier = self._active()
+            time = self._clock.time(trainer, sparsifier.schedule)
+            for optimizer in trainer.optimizers:
+                if not sparsifier.is_due(optimizer, self._clock.step(trainer, optimizer), time):
+                    sparsifier.mask_gradients(optimizer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Update the topology in place of this step, or mask the gradients before they are clipped."""
-        sparsifier = self._active()
-        if sparsifier.before_step(optimizer, self._count_step(trainer, pl_module, optimizer)):
+        sparsifier, step = self._active(), self._clock.step(trainer, optimizer)
+        time = self._clock.time(trainer, sparsifier.schedule)
+        self._clock.tick(trainer, optimizer)
+        if self._clock.is_over(trainer):
+            sparsifier.mask_gradients(optimizer)
+            return
+        scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaler and fused and sparsifier.is_due(optimizer, step, time):
+            scaler.unscale_(optimizer)  # else it finds no gradient to look at after an update
+        if sparsifier.before_step(optimizer, step, time):
             self._updated = True
         elif sparsifier.postponed:
             self._say(
                 "a topology update was due but a gradient was not finite; it takes place at the next step "
                 "whose gradients are finite"
             )
-
-    def _count_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
-        """Steps already done by this optimizer: the trainer's count, or our own where several may step."""
-        if module.automatic_optimization:
-            return trainer.global_step
-        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-        self._steps[index] = self._steps.get(index, 0) + 1
-        return self._steps[index] - 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -207,16 +238,38 @@ class RigLCallback(Callback):
             names = ", ".join(thawed[:5])
             self._say(f"{names} were frozen when the masks were made: they train now, and stay dense")
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the zeros, should a weight average have taken the model's place."""
+        if self._fitting and self.sparsifier is not None:
+            self.sparsifier.mask_weights()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the zeros, should a weight average have taken the model's place."""
+        self._active().mask_weights()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Mask a weight average that is saved in place of the weights."""
+        if self.sparsifier is not None and self.sparsifier.model is pl_module:
+            mask_saved_weights(self.sparsifier, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See whether it is one of a run without this callback."""
+        self._dense_checkpoint = self.state_key not in checkpoint.get("callbacks", {})
+
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, the resolved schedule and the counters, in plain types."""
         if self.sparsifier is None:
             return self._state
-        return {**self.sparsifier.state_dict(), "steps": dict(self._steps)}
+        return {**self.sparsifier.state_dict(), "steps": dict(self._clock.steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until a fit starts; validate and test load one too, with weights it goes with."""
         self._state, self._owner, self._resumed = state_dict, self._module, self._fitting
-        self._steps = dict(state_dict.get("steps", {}))
+        self._clock.steps = dict(state_dict.get("steps", {}))
         if self.sparsifier is not None and self._module and self.sparsifier.model is self._module():
             self.sparsifier = None  # its masks are not those of the weights any more
 
@@ -230,27 +283,14 @@ class RigLCallback(Callback):
         return self.sparsifier
 
     def _levels(self) -> dict[str, float]:
-        sparsifier = self._active()
-        return {
-            "sparsity/density": sparsifier.density,
-            "sparsity/drop_fraction": sparsifier.drop_fraction,
-            "sparsity/updates": float(sparsifier.updates),
-        }
-
-    def _log_hyperparameters(self, trainer: Trainer) -> None:
-        sparsifier = self._active()
-        end = sparsifier.timetable.end if sparsifier.timetable else None
-        resolved = {**self.settings, "schedule": sparsifier.schedule, "seed": sparsifier.seed, "end": end}
-        plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in resolved.items()}
-        for logger in trainer.loggers:
-            logger.log_hyperparams({f"sparsity/{name}": value for name, value in plain.items()})
+        return sparsity_levels(self._active())
 
     def _say_if_mixing(self) -> None:
         if self._active().mixing:
             self._say("the optimizer moves inactive weights; they are set back to zero after each step")
 
-    def _say(self, message: str) -> None:
+    def _say(self, message: str | None) -> None:
         """A warning, once."""
-        if message not in self._said:
+        if message and message not in self._said:
             self._said.add(message)
             rank_zero_warn(f"RigLCallback: {message}.")

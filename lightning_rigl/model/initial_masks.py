@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_rigl.model import layers, mask_files
+from lightning_rigl.model import layers, mask_files, sharding
 from lightning_rigl.topology.distributions import ERK, Distribution, PerLayer, check_sparsity
 from lightning_rigl.topology.patterns import Pattern
 
@@ -51,7 +51,7 @@ def check(sparsity: float | dict[str, float], distribution: Distribution, init: 
     _budget(sparsity, distribution)
     if not isinstance(init, (str, Path, Mapping)):
         raise TypeError(f"init: expected a name, a path or a dict of masks, got {init!r}")
-    if isinstance(init, str) and init not in INITS and not Path(init).is_file():
+    if isinstance(init, str) and init not in INITS and not Path(init).exists():
         known = ", ".join(repr(name) for name in INITS)
         raise ValueError(
             f"init={init!r} is no known name and no file; the known ones are {known}, or give the path of a "
@@ -87,8 +87,12 @@ def drawn_masks(
     masks = {}
     for name, count in fitted.items():
         weight = layers[name].detach()
-        random = torch.rand(weight.shape, generator=private_generator(seed, name, -1)).to(weight.device)
-        masks[name] = pattern.start(weight.abs() if magnitude else random, count)
+        if magnitude:
+            scores = sharding.full(weight).abs()
+        else:
+            random = torch.rand(weight.shape, generator=private_generator(seed, name, -1))
+            scores = random.to(weight.device)
+        masks[name] = sharding.shard(pattern.start(scores, count), weight)
     return masks
 
 
@@ -98,7 +102,7 @@ def nonzero_masks(layers: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     Raises:
         ValueError: a layer has no non-zero weight, or no layer has a zero.
     """
-    masks = {name: weight.detach() != 0 for name, weight in layers.items()}
+    masks = {name: sharding.full(weight.detach()) != 0 for name, weight in layers.items()}
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rigl.methods.base import Method
+from lightning_rigl.model import sharding
 from lightning_rigl.topology import bits
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
@@ -47,7 +48,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Read masks from a Lightning checkpoint of a sparse run, or from a file saved as ``torch.save(masks)``.
 
     Args:
-        path: a local file.
+        path: a local file, or the folder of a sharded checkpoint.
 
     Returns:
         Cleaned parameter name -> bool tensor on the CPU, True = active.
@@ -62,12 +63,13 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         >>> load_masks(file)
         {'fc.weight': tensor([[ True, False]])}
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no file at {str(path)!r}; give a checkpoint, or masks saved with torch.save")
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)  # a folder: a sharded checkpoint
+    if not file.is_file():
+        raise ValueError(f"no file at {str(file)!r}; give a checkpoint, or masks saved with torch.save")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint or as masks: {error}") from error
+        raise ValueError(f"{str(file)!r} cannot be read as a checkpoint or as masks: {error}") from error
     states = content.get("callbacks", {"": content}) if isinstance(content, dict) else {}
     for state in (s for s in states.values() if isinstance(s, dict)):
         if isinstance(state.get("masks"), dict):
@@ -82,7 +84,10 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """Masks for a checkpoint: one bit a weight, and plain types only."""
-    return {name: {"shape": list(mask.shape), "bits": bits.pack(mask)} for name, mask in masks.items()}
+    return {
+        name: {"shape": list(mask.shape), "bits": bits.pack(sharding.full(mask))}
+        for name, mask in masks.items()
+    }
 
 
 def unpack_masks(packed: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_rigl.methods.base import Connections, Method
 from lightning_rigl.topology.patterns import Pattern
 
 
 def new_mask(
-    parameter: nn.Parameter,
+    weight: Tensor,
     mask: Tensor,
+    grad: Tensor | None,
     count: int,
     method: Method,
     pattern: Pattern,
@@ -19,19 +20,21 @@ def new_mask(
 ) -> Tensor:
     """The mask after dropping and growing ``count`` connections. Changes nothing.
 
-    A layer that has no gradient in this step, where the method needs one, keeps its mask.
+    A layer that has no gradient in this step, where the method needs one, keeps its mask. Scores are made of
+    values of at least 32 bits.
 
     Raises:
         ValueError: a score of the method has another shape than the weight.
     """
-    grad = parameter.grad if method.gradient != "never" else None
     if grad is None and method.gradient != "never":
         return mask
-    if grad is not None and grad.element_size() < 4:
-        grad = grad.float()
-    layer = Connections(parameter.detach(), mask, grad, generator)
+    layer = Connections(_wide(weight), mask, None if grad is None else _wide(grad), generator)
     kept = pattern.drop(_checked(method.drop_score(layer), layer, method), mask, count)
     return pattern.grow(_checked(method.grow_score(layer), layer, method), kept, count)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.element_size() < 4 else values
 
 
 def _checked(scores: Tensor, layer: Connections, method: Method) -> Tensor:

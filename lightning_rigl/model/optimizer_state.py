@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.model import sharding
+
 
 @cache
 def mixes_coordinates(kind: type[Optimizer]) -> bool:
@@ -19,8 +21,8 @@ def mixes_coordinates(kind: type[Optimizer]) -> bool:
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient holds a nan or an infinity; reads the result back from the device."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    """Whether no gradient that this process holds has a nan or an infinity; reads back from the device."""
+    grads = [sharding.local(p.grad) for p in parameters if p.grad is not None]
     # one cheap pass: a finite sum has finite terms; where it is not, it may have overflowed on the way
     wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
     return all(bool(s.isfinite()) or bool(g.isfinite().all()) for g, s in zip(grads, wide, strict=True))
@@ -34,14 +36,14 @@ def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
 
     Args:
         optimizer: any optimizer that keeps its state in ``optimizer.state[parameter]``.
-        changed: parameter -> bool tensor of its shape, True where the state is reset.
+        changed: parameter -> bool tensor of its shape (of what this process holds), True where it is reset.
     """
     for group in optimizer.param_groups:
         members = {p: _elementwise(optimizer, p) for p in group["params"] if p in changed}
         fresh = _fresh(optimizer, group, next(iter(members))) if any(members.values()) else {}
         for parameter, state in members.items():
             for key, tensor in state.items():
-                tensor.masked_fill_(changed[parameter], fresh.get(key, 0.0))
+                sharding.local(tensor).masked_fill_(changed[parameter], fresh.get(key, 0.0))
 
 
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_rigl.methods.base import Method, runnable
-from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state
+from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state, sharding
 from lightning_rigl.model.new_mask import new_mask
-from lightning_rigl.topology import bits
+from lightning_rigl.model.sparse_layer import SparseLayer
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
@@ -85,22 +85,35 @@ class Sparsifier:
         )
         self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
         self.seed = torch.initial_seed() if seed is None else seed
-        self.masks = initial_masks.first_masks(
+        masks = initial_masks.first_masks(
             model, sparsity, distribution, self.pattern, include, exclude, init, self.seed
         )
-        everything = layers.named_parameters(model)
-        self.parameters = {name: everything[name] for name in self.masks}
+        parameters = layers.named_parameters(model)
+        self.layers = {name: SparseLayer(name, parameters[name], mask) for name, mask in masks.items()}
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
         self.drop_fraction = 0.0  # of the last update
         self.postponed = 0  # updates put off because a gradient was not finite
         self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
         self.timetable: Timetable | None = None
-        self._last = dict.fromkeys(self.masks, -1)  # the step of each layer's last update
         self._zeros_unchecked = True  # until an optimizer has made a step
         self._stepped = False  # the last step was an optimizer's, no update
-        self._names = {parameter: name for name, parameter in self.parameters.items()}
-        self._apply_masks()
+        self._by_parameter = {layer.parameter: layer for layer in self.layers.values()}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Cleaned parameter name -> bool tensor, True = active; they change in place."""
+        return {name: layer.mask for name, layer in self.layers.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Cleaned name -> the sparse parameters."""
+        return {name: layer.parameter for name, layer in self.layers.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Cleaned name -> active connections."""
+        return {name: layer.count for name, layer in self.layers.items()}
 
     def start(self, total_steps: int | None = None, step: int | None = 0) -> None:
         """Begin a training: resolve the schedule's fractions.
@@ -115,44 +128,63 @@ class Sparsifier:
         """
         self.timetable = self.schedule.resolve(total_steps) if self.schedule else None
         if step is not None:
-            self._last = dict.fromkeys(self.masks, step - 1)
+            for layer in self.layers.values():
+                layer.last = step - 1
+        self.check_agreement()
 
     def reset_state(self, optimizer: Optimizer) -> None:
         """Make an optimizer's state fresh where connections are inactive, in case it has trained densely."""
-        inactive = {self.parameters[name]: ~self.masks[name] for name in self._names_in(optimizer)}
+        inactive = {layer.parameter: layer.inactive() for layer in self._layers_in(optimizer)}
         optimizer_state.reset(optimizer, inactive)
 
-    def before_step(self, optimizer: Optimizer, step: int) -> bool:
+    def is_due(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
+        """Whether `before_step` would update the topology, if the gradients are finite."""
+        return self._due(self._layers_in(optimizer), step, clock)
+
+    def _due(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> bool:
+        if self.timetable is None and self.schedule is not None:
+            raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
+        return self.timetable is not None and self.timetable.due(step, _last(own, step), clock)
+
+    def before_step(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
         An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
-        the step that follows changes nothing. An update that meets a non-finite gradient is postponed.
+        the step that follows changes nothing. An update that meets a non-finite gradient is postponed. A step
+        whose update is done already (a resumed run repeats it) changes nothing either.
 
         Args:
             optimizer: the one about to step; only the layers among its parameters are touched.
             step: optimizer steps already done (with several optimizers, this one's own).
+            clock: the time by which the schedule's ``end`` is told; None is ``step``.
 
         Returns:
             Whether the topology was updated.
 
         Raises:
-            RuntimeError: `start` has not been called, so that the schedule is not known in steps.
+            RuntimeError: `start` has not been called, so that the schedule is not known in steps; or the
+                processes of a distributed run have come to different masks.
         """
-        if self.timetable is None and self.schedule is not None:
-            raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
-        names = self._names_in(optimizer)
-        last = max((self._last[name] for name in names), default=step)
-        due = self.timetable is not None and self.timetable.due(step, last)
-        if due and not optimizer_state.gradients_are_finite(self.parameters[name] for name in names):
+        own = self._layers_in(optimizer)
+        due = self._due(own, step, clock)
+        if due and not self._gradients_are_finite(own):
             self.postponed += 1
             due = False
         self._stepped = not due
         if due:
-            self.update(optimizer, step)
+            self.update(optimizer, step, clock)
+        elif own and _last(own, step) == step:
+            _drop_gradients(optimizer)
         else:
             self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
-            self._mask_gradients(names)
+            for layer in own:
+                layer.mask_gradient()
         return due
+
+    def mask_gradients(self, optimizer: Optimizer) -> None:
+        """Zero the gradients of inactive connections; `before_step` does it on every ordinary step."""
+        for layer in self._layers_in(optimizer):
+            layer.mask_gradient()
 
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
@@ -163,83 +195,77 @@ class Sparsifier:
             self.mask_weights()
 
     @torch.no_grad()
-    def update(self, optimizer: Optimizer, step: int) -> None:
-        """Drop and grow in every layer of the optimizer, in place of its step.
+    def update(self, optimizer: Optimizer, step: int, clock: float | None = None) -> None:
+        """Drop and grow in every layer of the optimizer, in place of its step; arguments as in `before_step`.
 
         Newly grown weights are zero. The optimizer's state becomes fresh where the mask changed; connections
-        that are dropped and grown again keep value and state.
+        that are dropped and grown again keep value and state. Of sharded parameters one layer at a time is
+        gathered.
         """
         self.check_zeros()
-        self.drop_fraction = self.timetable.fraction(step) if self.timetable else 0.0
+        self.drop_fraction = (
+            self.timetable.fraction(step if clock is None else clock) if self.timetable else 0.0
+        )
         changed = {}
-        for name in self._names_in(optimizer):
-            self._last[name] = step
-            parameter, count = self.parameters[name], int(self.drop_fraction * self.counts[name])
-            if count > 0 and self.counts[name] < parameter.numel():
-                generator = initial_masks.private_generator(self.seed, name, step)
-                mask = new_mask(parameter, self.masks[name], count, self.method, self.pattern, generator)
-                changed[parameter] = self._replace_mask(name, mask)
+        for layer in self._layers_in(optimizer):
+            layer.last = step
+            count = int(self.drop_fraction * layer.count)
+            if count > 0 and layer.count < layer.mask.numel():
+                changed[layer.parameter] = layer.replace(self._new_mask(layer, count, step))
         optimizer_state.reset(optimizer, changed)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        _drop_gradients(optimizer)
         self.updates += 1
+        self.check_agreement()
 
-    def _replace_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Put a new mask in place; returns where it changed. Dropped weights become zero, new ones are it."""
-        changed = self.masks[name] ^ mask
-        self.masks[name].copy_(mask)
-        self._integers[name].copy_(mask).neg_()
-        bits.and_(self.parameters[name].detach(), self._integers[name])
-        return changed
+    def _new_mask(self, layer: SparseLayer, count: int, step: int) -> Tensor:
+        grad = layer.parameter.grad if self.method.gradient != "never" else None
+        return new_mask(
+            sharding.full(layer.parameter.detach()),
+            sharding.full(layer.mask),
+            None if grad is None else sharding.full(grad),
+            count,
+            self.method,
+            self.pattern,
+            initial_masks.private_generator(self.seed, layer.name, step),
+        )
 
     def mask_weights(self) -> None:
         """Set the inactive weights to zero."""
-        for name, integers in self._integers.items():
-            bits.and_(self.parameters[name].detach(), integers)
+        for layer in self.layers.values():
+            layer.mask_weight()
 
-    def _mask_gradients(self, names: Sequence[str]) -> None:
-        """Zero the gradients of inactive connections, so that clipping and momentum see none of them."""
-        for name in names:
-            grad = self.parameters[name].grad
-            if grad is not None and name in self._integers:
-                bits.and_(grad, self._integers[name])
+    def _layers_in(self, optimizer: Optimizer) -> list[SparseLayer]:
+        known = self._by_parameter
+        return [known[p] for group in optimizer.param_groups for p in group["params"] if p in known]
 
-    def _apply_masks(self) -> None:
-        """Count the masks, make their integer form (full layers need none), and mask the weights."""
-        self.counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
-        partial = [name for name, mask in self.masks.items() if self.counts[name] < mask.numel()]
-        self._integers = {n: bits.integer_mask(self.masks[n], self.parameters[n].detach()) for n in partial}
-        self.mask_weights()
-
-    def _names_in(self, optimizer: Optimizer) -> list[str]:
-        names = self._names
-        return [names[p] for group in optimizer.param_groups for p in group["params"] if p in names]
+    def _gradients_are_finite(self, own: Sequence[SparseLayer]) -> bool:
+        parameters = [layer.parameter for layer in own]
+        finite = optimizer_state.gradients_are_finite(parameters)
+        return sharding.everywhere(finite, parameters[0].device) if parameters else finite
 
     def is_current(self) -> bool:
         """Whether the model still has the parameters that the masks were made for, as they were."""
         now = layers.named_parameters(self.model)
-        return all(
-            now.get(name) is parameter
-            and self.masks[name].device == parameter.device
-            and (
-                name not in self._integers or self._integers[name].element_size() == parameter.element_size()
-            )
-            for name, parameter in self.parameters.items()
-        )
+        return all(layer.is_current(now.get(name)) for name, layer in self.layers.items())
 
     @torch.no_grad()
     def check_zeros(self) -> None:
         """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
-        if any(((p != 0) > self.masks[name]).count_nonzero() for name, p in self.parameters.items()):
+        if any(layer.has_strays() for layer in self.layers.values()):
             self.mixing = True
         if self.mixing:
             self.mask_weights()
 
+    def check_agreement(self) -> None:
+        """Raise RuntimeError if the processes of a distributed run have different masks."""
+        digests = {name: layer.digest for name, layer in self.layers.items()}
+        sharding.check_same(digests, next(iter(self.layers.values())).mask.device)
+
     @property
     def density(self) -> float:
         """Active connections over all connections of the sparse layers."""
-        return sum(self.counts.values()) / sum(mask.numel() for mask in self.masks.values())
+        every = self.layers.values()
+        return sum(layer.count for layer in every) / sum(layer.mask.numel() for layer in every)
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density."""
@@ -252,7 +278,7 @@ class Sparsifier:
             "version": mask_files.VERSION,
             "identity": self.identity,
             "masks": mask_files.pack_masks(self.masks),
-            "last": dict(self._last),
+            "last": {name: layer.last for name, layer in self.layers.items()},
             "timetable": asdict(self.timetable) if self.timetable else None,
             **{name: getattr(self, name) for name in _PLAIN},
         }
@@ -265,12 +291,23 @@ class Sparsifier:
         """
         masks = mask_files.check_state(state, self.identity)
         mask_files.check_masks(masks, self.parameters)
-        if missing := self.masks.keys() - masks.keys():
+        if missing := self.layers.keys() - masks.keys():
             raise ValueError(f"masks do not fit the model: there are none for {', '.join(sorted(missing))}")
-        for name, mask in masks.items():
-            self.masks[name].copy_(mask)
-        self._apply_masks()
-        self._last = dict(state["last"])
+        for name, layer in self.layers.items():
+            layer.load(masks[name])
+            layer.last = state["last"][name]
         for name in _PLAIN:
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
+
+
+def _last(own: Sequence[SparseLayer], step: int) -> int:
+    """The step of the last update; ``step``, so that none is due, if there is no layer."""
+    return max([layer.last for layer in own], default=step)
+
+
+def _drop_gradients(optimizer: Optimizer) -> None:
+    """Make the step that follows change nothing: no momentum, no decay, no count."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

@@ -53,3 +53,18 @@ def integer_mask(mask: Tensor, like: Tensor) -> Tensor:
 def and_(values: Tensor, integers: Tensor) -> None:
     """Set ``values`` to +0.0 where inactive, in place: a nan does not survive it, nor does a sign."""
     values.view(integers.dtype).bitwise_and_(integers)
+
+
+def digest(mask: Tensor) -> int:
+    """62 bits that tell a mask from others of its size, whatever the device.
+
+    Example:
+        >>> digest(torch.tensor([True, False])) == digest(torch.tensor([False, True]))
+        False
+    """
+    flat = mask.reshape(-1)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    mixed = words ^ torch.arange(1, len(words) + 1, device=mask.device).mul_(-7046029254386353131)
+    for shift, factor in ((31, -4658895280553007687), (29, -7723592293110705685)):  # odd, so one to one
+        mixed = (mixed ^ (mixed >> shift)).mul_(factor)
+    return int((mixed ^ (mixed >> 32)).sum()) & (1 << 62) - 1

@@ -115,16 +115,17 @@ class Timetable:
     begin: int
     end: int
 
-    def due(self, step: int, last: int) -> bool:
+    def due(self, step: int, last: int, clock: float | None = None) -> bool:
         """Whether an update is due at ``step`` (steps already done) if the last one took place at ``last``.
 
-        An update that was postponed stays due until it is done; the grid of due steps does not move.
+        An update that was postponed stays due until it is done; the grid of due steps does not move. Where
+        ``end`` is told by another clock than the steps of the grid, ``clock`` is its time.
         """
-        if not self.begin <= step < self.end:
+        if step < self.begin or (step if clock is None else clock) >= self.end:
             return False
         return step - (step - self.begin) % self.every > last
 
-    def fraction(self, step: int) -> float:
+    def fraction(self, step: float) -> float:
         """The drop fraction at ``step``, in [0, ``drop_fraction``]; 0 from ``end`` on."""
         return self.drop_fraction * _DECAYS[self.decay](step / self.end) if step < self.end else 0.0
 

@@ -68,7 +68,7 @@ def _likely(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor
         expected = count * sample.numel() / available
         rank = int(expected + 5 * math.sqrt(expected) + 10)  # safely below the threshold
         if rank < sample.numel():
-            bound = sample.kthvalue(sample.numel() - rank).values.to(scores.dtype)
+            bound = sample.topk(rank + 1).values[-1].to(scores.dtype)
             likely = (~(scores < bound) & among).nonzero().view(-1)
             if likely.numel() >= count:
                 return likely

@@ -189,9 +189,9 @@ def test_a_method_that_reads_the_dense_gradient_at_every_step_pays_for_it():
 def test_counts_that_change_without_an_update_hold_from_the_next_step_on():
     class Prune(Callback):
         def on_after_backward(self, trainer, module):
-            counts = sparse.sparsifier.counts
-            counts["net.0.weight"], left = (9, 5, 0)[trainer.global_step], counts["net.4.weight"]
-            costs.append(2 * (counts["net.0.weight"] + left))
+            first, last = (sparse.sparsifier.layers[name] for name in ("net.0.weight", "net.4.weight"))
+            first.count = (9, 5, 0)[trainer.global_step]
+            costs.append(2 * (first.count + last.count))
 
     sparse, counter, costs = rigl(every=50), FLOPsCallback(), []
     counts = Counts(sparse)

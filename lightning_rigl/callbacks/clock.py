@@ -1,0 +1,136 @@
+"""Optimizer steps: which one this is, how many there will be, and how far the training has come."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
+
+from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
+
+
+class Clock:
+    """Counts as the trainer does; in manual optimization each optimizer has a count of its own.
+
+    Attributes:
+        steps: index of the optimizer -> steps it has made, in manual optimization.
+        length: see `training_length`.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[int, int] = {}
+        self.length: int | None = None
+        self._epochs: int | None = None
+
+    def set_up(self, trainer: Trainer) -> None:
+        """Note the length in epochs as the user gave it, before a callback adds to it (SWA does)."""
+        self._epochs = trainer.max_epochs
+
+    def start(self, trainer: Trainer) -> int | None:
+        """Ask for the length of training, which loads its data.
+
+        Returns:
+            The steps already done; None if several optimizers have made some.
+        """
+        self.length = training_length(trainer, self._epochs)
+        if trainer.global_step == 0:
+            self.steps = {}
+        if trainer.lightning_module.automatic_optimization:
+            return trainer.global_step
+        return None if self.steps else 0
+
+    def step(self, trainer: Trainer, optimizer: Optimizer) -> int:
+        """Steps that the optimizer has made."""
+        if trainer.lightning_module.automatic_optimization:
+            return trainer.global_step
+        return self.steps.get(self._index(trainer, optimizer), 0)
+
+    def tick(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """The optimizer makes a step."""
+        if not trainer.lightning_module.automatic_optimization:
+            index = self._index(trainer, optimizer)
+            self.steps[index] = self.steps.get(index, 0) + 1
+
+    def _index(self, trainer: Trainer, optimizer: Optimizer) -> int:
+        return next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+
+    def time(self, trainer: Trainer, schedule: UpdateSchedule | None) -> float | None:
+        """The time for a fractional ``end`` that no optimizer's own steps tell; None where they do."""
+        by_steps = trainer.lightning_module.automatic_optimization
+        if by_steps or schedule is None or not isinstance(schedule.end, float):
+            return None
+        return progress(trainer, self._epochs) * (self.length or 0)
+
+    def is_over(self, trainer: Trainer) -> bool:
+        """Whether all epochs are done, and this one was added for the statistics of averaged weights."""
+        return self._epochs not in (None, -1) and trainer.current_epoch >= (self._epochs or 0)
+
+    def refuse_unknown(self, trainer: Trainer, schedule: UpdateSchedule | None) -> None:
+        """Raise ValueError for a schedule in fractions of what nobody knows.
+
+        The length is asked for only where it can be unknown, because that loads the training data.
+        """
+        if schedule is None:
+            return
+        if not trainer.lightning_module.automatic_optimization and isinstance(schedule.begin, float):
+            raise ValueError(
+                f"begin={schedule.begin}, a fraction of training, in manual optimization: each optimizer "
+                "counts its own steps there, and nobody knows how many it will make; give begin=<steps>"
+            )
+        if not schedule.in_steps and trainer.max_steps == -1:
+            schedule.resolve(training_length(trainer, self._epochs))
+
+
+def training_length(trainer: Trainer, epochs: int | None) -> int | None:
+    """Optimizer steps of the whole training; in manual optimization its batches, if these are limited.
+
+    Args:
+        trainer: the running trainer; its training data are loaded.
+        epochs: its ``max_epochs`` as the user gave it, which a callback may have raised since.
+
+    Returns:
+        None if unknown (an endless loader, or no limit at all).
+    """
+    estimate = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
+    if epochs in (None, -1) or not math.isfinite(batches):
+        return int(estimate) if math.isfinite(estimate) and estimate >= 0 else None
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    windows = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    steps = 0
+    for epoch in range(max(epochs or 0, 1)):
+        window = (
+            windows[-1].get_accumulate_grad_batches(epoch) if windows else trainer.accumulate_grad_batches
+        )
+        steps += math.ceil(batches / window)
+    by_hand = not trainer.lightning_module.automatic_optimization
+    return steps if by_hand or trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def progress(trainer: Trainer, epochs: int | None) -> float:
+    """How much of the training is done, in [0, 1]: of its batches or steps, whichever end comes first.
+
+    Args:
+        trainer: the running trainer, with a known length.
+        epochs: as in `training_length`.
+    """
+    batches = trainer.num_training_batches * epochs if epochs not in (None, -1) else math.inf
+    steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
+    return max(trainer.fit_loop.total_batch_idx / batches, trainer.global_step / steps)
+
+
+def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None) -> str | None:
+    """What to say of a training that is too short for its updates; None if there is nothing to say."""
+    trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+    if timetable is None or length is None or trial or not trainer.lightning_module.automatic_optimization:
+        return None
+    if timetable.begin >= min(length, timetable.end):
+        return (
+            f"no topology update will take place: the first is due at step {timetable.begin}, updates end at "
+            f"{timetable.end}, training has {length} steps; lower every, or begin"
+        )
+    if length < timetable.end:
+        return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
+    return None
