@@ -201,6 +201,15 @@ class FLOPsCallback(Callback):
                 "with their result counts as one without a parameter, at full density"
             )
 
+        seen = {layer.name for layer in self._table.layers} if self._table else set()
+        unseen = sorted(self._counts.keys() - seen)
+        if unseen:
+            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+            rank_zero_warn(
+                f"FLOPsCallback: no product with {', '.join(unseen[:5])}{more} was seen (FSDP hides them): "
+                "what these layers cost is counted at full density, or they took no part"
+            )
+
     def _samples(self, batch: Any) -> int:
         if batch is None:
             return 0
