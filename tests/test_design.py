@@ -8,8 +8,8 @@ from lightning_rigl.callbacks.clock import Clock
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections
 from lightning_rigl.methods.rigl import RigL
-from lightning_rigl.model import initial_masks, new_mask, optimizer_state, sharding, sparsifier
-from lightning_rigl.model.sparse_layer import SparseLayer
+from lightning_rigl.model import initial_masks, new_mask, optimizer_state, sharding, sparse_layer, sparsifier
+from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology import selection
 from lightning_rigl.topology.patterns import Unstructured
@@ -24,20 +24,21 @@ PATH = [
     Clock.is_over,
     Sparsifier.before_step,
     Sparsifier._due,
-    sparsifier._last,
-    Sparsifier._layers_in,
+    sparse_layer.last_update,
+    SparseLayers.of,
     Sparsifier._gradients_are_finite,
     optimizer_state.gradients_are_finite,
     sharding.everywhere,
     Timetable,
     Sparsifier.update,
     Sparsifier.check_zeros,
+    SparseLayers.has_strays,
     SparseLayer.has_strays,
     Sparsifier._new_mask,
     SparseLayer.replace,
     SparseLayer.mask_weight,
     sparsifier._drop_gradients,
-    Sparsifier.check_agreement,
+    SparseLayers.check_agreement,
     sharding.check_same,
     initial_masks.private_generator,
     new_mask,

@@ -173,7 +173,7 @@ class RigLCallback(Callback):
             self.on_fit_start(trainer, pl_module)  # strategies that shard restore a checkpoint after it
         sparsifier, step = self._active(), self._clock.start(trainer)
         if self._resumed and trainer.global_step > 0:
-            sparsifier.check_agreement()
+            sparsifier.layers.check_agreement()
         else:
             sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:

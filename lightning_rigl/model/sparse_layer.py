@@ -1,8 +1,11 @@
-"""One sparse parameter: its mask, and the zeros that the mask means."""
+"""The sparse parameters of a model: their masks, and the zeros that the masks mean."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_rigl.model import sharding
 from lightning_rigl.topology import bits
@@ -95,3 +98,51 @@ class SparseLayer:
         own = sharding.local(copy)
         own.masked_fill_(self.inactive().to(own.device), 0)
         return copy
+
+
+class SparseLayers(dict[str, SparseLayer]):
+    """Cleaned parameter name -> layer: the topology of one model.
+
+    Args:
+        parameters: of the model, by cleaned name.
+        masks: of some of them, whole or sharded as the parameter is; they are taken over.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        super().__init__({name: SparseLayer(name, parameters[name], mask) for name, mask in masks.items()})
+        self._by_parameter = {layer.parameter: layer for layer in self.values()}
+
+    def of(self, optimizer: Optimizer) -> list[SparseLayer]:
+        """The layers that the optimizer trains."""
+        known = self._by_parameter
+        return [known[p] for group in optimizer.param_groups for p in group["params"] if p in known]
+
+    @property
+    def density(self) -> float:
+        """Active connections over all connections."""
+        return sum(layer.count for layer in self.values()) / sum(
+            layer.mask.numel() for layer in self.values()
+        )
+
+    def mask_weights(self) -> None:
+        """Set the inactive weights to zero."""
+        for layer in self.values():
+            layer.mask_weight()
+
+    def has_strays(self) -> bool:
+        """Whether an inactive weight that this process holds is not zero."""
+        return any(layer.has_strays() for layer in self.values())
+
+    def is_current(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether these are still the parameters that the masks were made for, as they were."""
+        return all(layer.is_current(parameters.get(name)) for name, layer in self.items())
+
+    def check_agreement(self) -> None:
+        """Raise RuntimeError if the processes of a distributed run have different masks."""
+        digests = {name: layer.digest for name, layer in self.items()}
+        sharding.check_same(digests, next(iter(self.values())).mask.device)
+
+
+def last_update(own: Iterable[SparseLayer], step: int) -> int:
+    """The step of the last update of these layers; ``step``, so that none is due, if there is no layer."""
+    return max([layer.last for layer in own], default=step)

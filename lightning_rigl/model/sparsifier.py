@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_rigl.methods.base import Method, runnable
 from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state, sharding
 from lightning_rigl.model.new_mask import new_mask
-from lightning_rigl.model.sparse_layer import SparseLayer
+from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers, last_update
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
@@ -88,8 +88,7 @@ class Sparsifier:
         masks = initial_masks.first_masks(
             model, sparsity, distribution, self.pattern, include, exclude, init, self.seed
         )
-        parameters = layers.named_parameters(model)
-        self.layers = {name: SparseLayer(name, parameters[name], mask) for name, mask in masks.items()}
+        self.layers = SparseLayers(layers.named_parameters(model), masks)
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
         self.drop_fraction = 0.0  # of the last update
@@ -98,7 +97,6 @@ class Sparsifier:
         self.timetable: Timetable | None = None
         self._zeros_unchecked = True  # until an optimizer has made a step
         self._stepped = False  # the last step was an optimizer's, no update
-        self._by_parameter = {layer.parameter: layer for layer in self.layers.values()}
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -130,21 +128,21 @@ class Sparsifier:
         if step is not None:
             for layer in self.layers.values():
                 layer.last = step - 1
-        self.check_agreement()
+        self.layers.check_agreement()
 
     def reset_state(self, optimizer: Optimizer) -> None:
         """Make an optimizer's state fresh where connections are inactive, in case it has trained densely."""
-        inactive = {layer.parameter: layer.inactive() for layer in self._layers_in(optimizer)}
+        inactive = {layer.parameter: layer.inactive() for layer in self.layers.of(optimizer)}
         optimizer_state.reset(optimizer, inactive)
 
     def is_due(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
         """Whether `before_step` would update the topology, if the gradients are finite."""
-        return self._due(self._layers_in(optimizer), step, clock)
+        return self._due(self.layers.of(optimizer), step, clock)
 
     def _due(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> bool:
         if self.timetable is None and self.schedule is not None:
             raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
-        return self.timetable is not None and self.timetable.due(step, _last(own, step), clock)
+        return self.timetable is not None and self.timetable.due(step, last_update(own, step), clock)
 
     def before_step(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
@@ -165,7 +163,7 @@ class Sparsifier:
             RuntimeError: `start` has not been called, so that the schedule is not known in steps; or the
                 processes of a distributed run have come to different masks.
         """
-        own = self._layers_in(optimizer)
+        own = self.layers.of(optimizer)
         due = self._due(own, step, clock)
         if due and not self._gradients_are_finite(own):
             self.postponed += 1
@@ -173,7 +171,7 @@ class Sparsifier:
         self._stepped = not due
         if due:
             self.update(optimizer, step, clock)
-        elif own and _last(own, step) == step:
+        elif own and last_update(own, step) == step:
             _drop_gradients(optimizer)
         else:
             self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
@@ -183,7 +181,7 @@ class Sparsifier:
 
     def mask_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients of inactive connections; `before_step` does it on every ordinary step."""
-        for layer in self._layers_in(optimizer):
+        for layer in self.layers.of(optimizer):
             layer.mask_gradient()
 
     def after_step(self) -> None:
@@ -207,7 +205,7 @@ class Sparsifier:
             self.timetable.fraction(step if clock is None else clock) if self.timetable else 0.0
         )
         changed = {}
-        for layer in self._layers_in(optimizer):
+        for layer in self.layers.of(optimizer):
             layer.last = step
             count = int(self.drop_fraction * layer.count)
             if count > 0 and layer.count < layer.mask.numel():
@@ -215,7 +213,7 @@ class Sparsifier:
         optimizer_state.reset(optimizer, changed)
         _drop_gradients(optimizer)
         self.updates += 1
-        self.check_agreement()
+        self.layers.check_agreement()
 
     def _new_mask(self, layer: SparseLayer, count: int, step: int) -> Tensor:
         grad = layer.parameter.grad if self.method.gradient != "never" else None
@@ -231,12 +229,7 @@ class Sparsifier:
 
     def mask_weights(self) -> None:
         """Set the inactive weights to zero."""
-        for layer in self.layers.values():
-            layer.mask_weight()
-
-    def _layers_in(self, optimizer: Optimizer) -> list[SparseLayer]:
-        known = self._by_parameter
-        return [known[p] for group in optimizer.param_groups for p in group["params"] if p in known]
+        self.layers.mask_weights()
 
     def _gradients_are_finite(self, own: Sequence[SparseLayer]) -> bool:
         parameters = [layer.parameter for layer in own]
@@ -245,27 +238,19 @@ class Sparsifier:
 
     def is_current(self) -> bool:
         """Whether the model still has the parameters that the masks were made for, as they were."""
-        now = layers.named_parameters(self.model)
-        return all(layer.is_current(now.get(name)) for name, layer in self.layers.items())
+        return self.layers.is_current(layers.named_parameters(self.model))
 
     @torch.no_grad()
     def check_zeros(self) -> None:
         """Notice an optimizer that moves inactive weights: restore the zeros, from now on after each step."""
-        if any(layer.has_strays() for layer in self.layers.values()):
-            self.mixing = True
+        self.mixing = self.mixing or self.layers.has_strays()
         if self.mixing:
             self.mask_weights()
-
-    def check_agreement(self) -> None:
-        """Raise RuntimeError if the processes of a distributed run have different masks."""
-        digests = {name: layer.digest for name, layer in self.layers.items()}
-        sharding.check_same(digests, next(iter(self.layers.values())).mask.device)
 
     @property
     def density(self) -> float:
         """Active connections over all connections of the sparse layers."""
-        every = self.layers.values()
-        return sum(layer.count for layer in every) / sum(layer.mask.numel() for layer in every)
+        return self.layers.density
 
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density."""
@@ -299,11 +284,6 @@ class Sparsifier:
         for name in _PLAIN:
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
-
-
-def _last(own: Sequence[SparseLayer], step: int) -> int:
-    """The step of the last update; ``step``, so that none is due, if there is no layer."""
-    return max([layer.last for layer in own], default=step)
 
 
 def _drop_gradients(optimizer: Optimizer) -> None:
