@@ -38,12 +38,20 @@ def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
         optimizer: any optimizer that keeps its state in ``optimizer.state[parameter]``.
         changed: parameter -> bool tensor of its shape (of what this process holds), True where it is reset.
     """
+    optimizer = _innermost(optimizer)
     for group in optimizer.param_groups:
         members = {p: _elementwise(optimizer, p) for p in group["params"] if p in changed}
         fresh = _fresh(optimizer, group, next(iter(members))) if any(members.values()) else {}
         for parameter, state in members.items():
             for key, tensor in state.items():
                 sharding.local(tensor).masked_fill_(changed[parameter], fresh.get(key, 0.0))
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that holds the state: Fabric's wrapper has it as ``optimizer``, ZeRO as ``optim``."""
+    while isinstance(inner := getattr(optimizer, "optimizer", getattr(optimizer, "optim", None)), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -60,8 +68,6 @@ def _fresh(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Paramet
     That is 0 for most optimizers, but the initial accumulator of Adagrad, the step size of Rprop, the eps of
     Adamax. A new optimizer of the same class and settings is asked, so that a user's own is right too.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner  # a wrapper such as Fabric's
     probe = nn.Parameter(torch.zeros([1] * parameter.dim(), dtype=parameter.dtype, device=parameter.device))
     probe.grad = torch.zeros_like(probe)
     known = signature(type(optimizer)).parameters

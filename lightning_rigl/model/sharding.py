@@ -61,7 +61,10 @@ def check_same(numbers: Mapping[str, int], device: torch.device) -> None:
     """
     if not numbers or not together() or _same(hash(tuple(numbers.values())) >> 2, device):
         return
-    names = [name for name, number in numbers.items() if not _same(number, device)]
+    every: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, dict(numbers))  # processes may not even have the same layers
+    known = dict.fromkeys(name for each in every for name in each)
+    names = [name for name in known if len({each.get(name) for each in every}) > 1]
     raise RuntimeError(
         f"the processes of this run have different masks in {', '.join(names[:5])}: their seeds, their "
         "checkpoints, or the gradients that chose the connections differ; give all the same seed= and "

@@ -32,7 +32,7 @@ class SparseLayer:
         """Count the mask, make its integer form (a full layer needs none), and mask the weight."""
         whole = sharding.full(self.mask)
         self.count = int(whole.count_nonzero())
-        self.digest = bits.digest(whole) if sharding.together() else 0  # to be compared between processes
+        self._digest = bits.digest(whole) if sharding.together() else None
         own, weight = sharding.local(self.mask), sharding.local(self.parameter.detach())
         partial = self.count < self.mask.numel()
         self._integers = bits.integer_mask(own, weight) if partial else None
@@ -57,10 +57,16 @@ class SparseLayer:
         own.copy_(new)
         if self._integers is not None:
             self._integers.copy_(new).neg_()
-        if sharding.together():
-            self.digest = bits.digest(mask)
+        self._digest = bits.digest(mask) if sharding.together() else None
         self.mask_weight()
         return changed
+
+    @property
+    def digest(self) -> int:
+        """A number to be compared between processes; known, unless they have met since the mask was made."""
+        if self._digest is None:
+            self._digest = bits.digest(sharding.full(self.mask))
+        return self._digest
 
     def mask_weight(self) -> None:
         """Set the inactive weights to zero."""
@@ -139,8 +145,9 @@ class SparseLayers(dict[str, SparseLayer]):
 
     def check_agreement(self) -> None:
         """Raise RuntimeError if the processes of a distributed run have different masks."""
-        digests = {name: layer.digest for name, layer in self.items()}
-        sharding.check_same(digests, next(iter(self.values())).mask.device)
+        if sharding.together():
+            digests = {name: layer.digest for name, layer in self.items()}
+            sharding.check_same(digests, next(iter(self.values())).mask.device)
 
 
 def last_update(own: Iterable[SparseLayer], step: int) -> int:

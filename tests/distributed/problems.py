@@ -1,5 +1,6 @@
 """Several processes that train one model; `main` is what torchrun starts."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -12,17 +13,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_rigl import RigLCallback, UpdateSchedule
+from lightning_rigl.model import sharding
 from tests.callbacks.problems import Small, data, trainer
 
 SCHEDULE = UpdateSchedule(every=6, end=0.75, drop_fraction=0.5)
-COLLECTIVES = [
-    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "barrier"),
-    *("broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter"),
-    *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv"),
-]
 
 
 def sgd(parameters):
@@ -31,6 +29,13 @@ def sgd(parameters):
 
 def adamw(parameters):
     return torch.optim.AdamW(parameters, 0.01)
+
+
+def sharded_sgd(parameters):
+    """Each process keeps the momentum of a part of the parameters."""
+    if dist.is_initialized():
+        return ZeroRedundancyOptimizer(list(parameters), torch.optim.SGD, lr=0.1, momentum=0.9)
+    return sgd(parameters)
 
 
 class Skipping(Small):
@@ -66,6 +71,24 @@ class OwnSeeds(pl.Callback):
         torch.manual_seed(7 + 100 * trainer.global_rank)
 
 
+class Sent:
+    """Stands in for torch.distributed, and notes what is sent through it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        value = getattr(dist, name)
+        if name.startswith(("is_", "get_")) or not inspect.isfunction(value):
+            return value
+
+        def call(tensor, *arguments, **settings):
+            self.calls.append((name, tensor.numel()))
+            return value(tensor, *arguments, **settings)
+
+        return call
+
+
 class Together(pl.Callback):
     """After each update masks and weights are bitwise those of all ranks; other steps send nothing of ours.
 
@@ -73,31 +96,22 @@ class Together(pl.Callback):
     """
 
     def __init__(self, rigl, file=None):
-        self.rigl, self.file, self.sent, self.history = rigl, file, [], []
+        self.rigl, self.file, self.history = rigl, file, []
 
     def on_train_start(self, trainer, module):
         self.compare(module)
         self.done = self.rigl.sparsifier.updates
-        self.patches = [mock.patch.object(dist, name, self.counted(name)) for name in COLLECTIVES]
-        for patch in self.patches:
-            patch.start()
-
-    def counted(self, name):
-        function = getattr(dist, name)
-
-        def call(tensor=None, *arguments, **settings):
-            self.sent.append((name, getattr(tensor, "numel", int)()))
-            return function(*([] if tensor is None else [tensor]), *arguments, **settings)
-
-        return call
+        self.sent = Sent()
+        self.patch = mock.patch.object(sharding, "dist", self.sent)
+        self.patch.start()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.sent.clear()
+        self.sent.calls.clear()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         updated = self.rigl.sparsifier.updates > self.done
         finite, digest = ("all_reduce", 1), ("all_reduce", 2)
-        assert self.sent == ([finite, digest] if updated and trainer.world_size > 1 else [])
+        assert self.sent.calls == ([finite, digest] if updated and trainer.world_size > 1 else [])
         if updated:
             self.compare(module)
             self.done += 1
@@ -105,8 +119,7 @@ class Together(pl.Callback):
             self.history.append({name: mask.clone() for name, mask in self.rigl.masks.items()})
 
     def on_train_end(self, trainer, module):
-        for patch in self.patches:
-            patch.stop()
+        self.patch.stop()
         self.compare(module)
         if trainer.global_rank == 0:
             torch.save((weights(module), self.history), self.file)
@@ -140,10 +153,10 @@ def shares(processes, dtype=torch.float64):
     return DataLoader(dataset, batch_size=share, sampler=Shares(len(dataset), share))
 
 
-def fit(file, strategy, processes=2, method="rigl", kind=Small, every=6, **settings):
+def fit(file, strategy, processes=2, method="rigl", kind=Small, make=sgd, every=6, **settings):
     """A fit in float64 that asserts what `Together` does; its results are in the file."""
     torch.manual_seed(0)
-    module = kind(optimizer=sgd, dtype=torch.float64)
+    module = kind(optimizer=make, dtype=torch.float64)
     schedule = UpdateSchedule(every=every, end=0.75, drop_fraction=0.5)
     rigl = RigLCallback(0.8, method, schedule=schedule)
     callbacks = OwnSeeds(), rigl, Together(rigl, file)
@@ -173,7 +186,11 @@ def node(folder, kill_at, checkpoint):
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     run = trainer(
         *(OwnSeeds(), rigl, together, Kill(int(kill_at)), keep),
-        **{"strategy": "ddp", "num_nodes": 2, "devices": 1, "max_epochs": 4, "enable_checkpointing": True},
+        strategy="ddp",
+        num_nodes=2,
+        devices=1,
+        max_epochs=4,
+        enable_checkpointing=True,
     )
     loader = DataLoader(data().dataset, batch_size=8, shuffle=True)  # Lightning gives each node its half
     run.fit(module, loader, ckpt_path=checkpoint or None)
@@ -183,7 +200,9 @@ def node(folder, kill_at, checkpoint):
 
 def torchrun(task, *arguments, options=("--standalone", "--nproc-per-node=2")):
     """Start `main` in processes of its own."""
-    inherited = {k: v for k, v in os.environ.items() if k.split("_")[-1] not in ("RANK", "SIZE", "PORT", "ADDR")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k.split("_")[-1] not in ("RANK", "SIZE", "PORT", "ADDR")
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=0", "--local-addr=127.0.0.1"]
     return subprocess.Popen(
         [*command, *options, "--module", "tests.distributed.problems", task, *map(str, arguments)],
@@ -192,6 +211,16 @@ def torchrun(task, *arguments, options=("--standalone", "--nproc-per-node=2")):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def finish(*agents):
+    """Exit code and output of each; one that hangs is ended, with its workers."""
+    try:
+        said = [agent.communicate(timeout=150)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    return [agent.returncode for agent in agents], said
 
 
 def main():
