@@ -1,31 +1,26 @@
-"""Weight averages mix topologies; what is validated, saved and returned keeps the zeros of the masks."""
+"""Weight averages mix topologies; ours have the zeros of the masks at any time, as the weights do."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_rigl.model.layers import clean_name
+from lightning_rigl.model.layers import named_parameters
 from lightning_rigl.model.sparsifier import Sparsifier
 
 
-def follow_averages(trainer: Trainer, callback: Callback) -> None:
-    """Put the callback behind those that average weights, so that its hooks see what they did."""
+def mask_averages(trainer: Trainer, sparsifier: Sparsifier) -> None:
+    """Set the averages to zero where there is no connection.
+
+    Done whenever masks change, it holds in between, for zeros are averaged with zeros: whatever is validated,
+    saved or returned is masked. As the optimizer's state, the average of a dropped connection is fresh.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    averages = (StochasticWeightAveraging, WeightAveraging)
-    last = max((i for i, other in enumerate(callbacks) if isinstance(other, averages)), default=0)
-    if any(other is callback for other in callbacks[:last]):
-        # a new list: Lightning is walking through the old one
-        before = [other for other in callbacks[: last + 1] if other is not callback]
-        trainer.callbacks = [*before, callback, *callbacks[last + 1 :]]  # type: ignore[attr-defined]
-
-
-def mask_saved_weights(sparsifier: Sparsifier, checkpoint: dict[str, Any]) -> None:
-    """Mask what a checkpoint holds as the model's weights, where that is not the model's own memory."""
-    saved = checkpoint["state_dict"]
-    for key, values in saved.items():
-        layer = sparsifier.layers.get(clean_name(key))
-        if layer is not None and values.data_ptr() != layer.parameter.data_ptr():
-            saved[key] = layer.masked(values)
+    for callback in callbacks:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            average = callback._average_model
+            model = average.module if isinstance(average, AveragedModel) else average
+            for name, values in named_parameters(model).items() if model is not None else ():
+                if name in sparsifier.layers:
+                    values.detach().copy_(sparsifier.layers[name].masked(values))

@@ -82,8 +82,9 @@ def _sign_of_training(
     module: LightningModule, include: list[str] | None, exclude: list[str] | None
 ) -> str | None:
     for name, parameter in select(module, include, exclude).items():
-        zeros = int((parameter.detach() == 0).sum())
-        if 0.05 < zeros / parameter.numel() < 1:
+        zero = (parameter.detach() == 0).flatten(1)
+        zeros = int((zero & ~zero.all(1, keepdim=True)).sum())  # a whole row is an embedding's padding
+        if zeros / parameter.numel() > 0.05:
             return f"{name} has {zeros:,} zeros"
     for name, layer in module.named_modules():
         batches = layer.num_batches_tracked if isinstance(layer, _NormBase) else None

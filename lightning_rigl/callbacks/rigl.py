@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rigl.callbacks.averaging import follow_averages, mask_saved_weights
+from lightning_rigl.callbacks.averaging import mask_averages
 from lightning_rigl.callbacks.checks import (
     concerns,
     refuse_module,
@@ -132,7 +132,6 @@ class RigLCallback(Callback):
         self._module, self._fitting, self._resumed = weakref.ref(pl_module), stage == "fit", False
         if self._fitting:
             refuse_trainer(trainer)
-            follow_averages(trainer, self)
             self._clock.set_up(trainer)
             self._dense_checkpoint = False
 
@@ -159,6 +158,7 @@ class RigLCallback(Callback):
                 self._say(trained_before(pl_module, *rules, self._dense_checkpoint))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
             self._clock.steps = {}
+        mask_averages(trainer, self._active())
 
     def _new_sparsifier(
         self, trainer: Trainer, module: LightningModule, init: str | dict[str, Tensor]
@@ -182,10 +182,6 @@ class RigLCallback(Callback):
             self._say(message)
         log_hyperparameters(trainer, sparsifier, self.settings)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the zeros, should a weight average have taken the model's place."""
-        self._active().mask_weights()
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In manual optimization mask the gradients now: the user may clip them before the step."""
         if not pl_module.automatic_optimization:
@@ -202,14 +198,14 @@ class RigLCallback(Callback):
         sparsifier, step = self._active(), self._clock.step(trainer, optimizer)
         time = self._clock.time(trainer, sparsifier.schedule)
         self._clock.tick(trainer, optimizer)
-        if self._clock.is_over(trainer):
-            sparsifier.mask_gradients(optimizer)
-            return
+        over = self._clock.is_over(trainer)
         scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if scaler and fused and sparsifier.is_due(optimizer, step, time):
+        if scaler and fused and (over or sparsifier.is_due(optimizer, step, time)):
             scaler.unscale_(optimizer)  # else it finds no gradient to look at after an update
-        if sparsifier.before_step(optimizer, step, time):
+        if over:
+            optimizer.zero_grad()  # they are of the last epoch, and the weights are the average now
+        elif sparsifier.before_step(optimizer, step, time):
             self._updated = True
         elif sparsifier.postponed:
             self._say(
@@ -224,6 +220,8 @@ class RigLCallback(Callback):
         sparsifier = self._active()
         sparsifier.after_step()
         self._say_if_mixing()
+        if self._updated or sparsifier.mixing:
+            mask_averages(trainer, sparsifier)
         log_step(trainer, pl_module, self._levels, event=self._updated)
         self._updated = False
 
@@ -237,22 +235,6 @@ class RigLCallback(Callback):
         if thawed:
             names = ", ".join(thawed[:5])
             self._say(f"{names} were frozen when the masks were made: they train now, and stay dense")
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the zeros, should a weight average have taken the model's place."""
-        if self._fitting and self.sparsifier is not None:
-            self.sparsifier.mask_weights()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the zeros, should a weight average have taken the model's place."""
-        self._active().mask_weights()
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Mask a weight average that is saved in place of the weights."""
-        if self.sparsifier is not None and self.sparsifier.model is pl_module:
-            mask_saved_weights(self.sparsifier, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

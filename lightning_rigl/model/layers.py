@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_rigl.topology.distributions import find
 
@@ -60,6 +64,7 @@ def select(
             f"or more dimensions ({', '.join(weights[:5]) or 'none'}) none is selected and trainable; name "
             "some with include=[...], and check exclude and requires_grad"
         )
+    _refuse_memory(chosen)
     return chosen
 
 
@@ -77,13 +82,17 @@ def _chosen(
         if isinstance(patterns, str):
             raise ValueError(f"{what}: expected a list of regular expressions, got the string {patterns!r}")
     weights = {n: p for n, p in named_parameters(model).items() if _is_weight(n, p)}
+    first = {id(p): n for n, p in weights.items()}
+    every = model.named_parameters(remove_duplicate=False)  # a tied weight goes by each of its names
+    names = {clean_name(n): first[id(p)] for n, p in every if id(p) in first}
     if include is None:
         default = _default_weights(model)
         wanted = {n for n, p in weights.items() if id(p) in default}
     else:
-        wanted = {n for pattern in include for n in find(pattern, list(weights), "include")}
+        wanted = {names[n] for pattern in include for n in find(pattern, list(names), "include")}
         _refuse_sparse_gradients(model, wanted)
-    unwanted = {n for pattern in exclude or () for n in find(pattern, list(weights), "exclude")}
+    unwanted = {names[n] for pattern in exclude or () for n in find(pattern, list(names), "exclude")}
+    _refuse_normed(model, wanted - unwanted)
     return {n: p for n, p in weights.items() if n in wanted - unwanted}
 
 
@@ -113,6 +122,32 @@ def _weights_of(module: nn.Module) -> Iterator[Tensor]:
         yield from (p for n, p in own.items() if n.startswith("weight_"))
     elif isinstance(module, nn.MultiheadAttention):
         yield from (p for n, p in own.items() if n.endswith("proj_weight"))
+
+
+def _refuse_memory(chosen: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in chosen.items():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device, without values; materialize the model first")
+        if parameter.layout != torch.strided:
+            raise ValueError(
+                f"{name} has the layout {parameter.layout}: masks need an ordinary tensor with zeros; take "
+                "to_dense(), or exclude it"
+            )
+
+
+def _refuse_normed(model: nn.Module, wanted: set[str]) -> None:
+    """The direction of weight_norm: a row without connections has the norm 0, by which it is divided."""
+    normed = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and any(isinstance(p, _WeightNorm) for p in module):
+            normed.add(clean_name(f"{name}.original1".lstrip(".")))
+        hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+        normed |= {clean_name(f"{name}.{hook.name}_v".lstrip(".")) for hook in hooks}
+    if refused := sorted(wanted & normed):
+        raise ValueError(
+            f"{refused[0]} is the direction of weight_norm, which divides each row by its norm: one without "
+            "connections becomes NaN; leave it out of include, or remove weight_norm"
+        )
 
 
 def _refuse_sparse_gradients(model: nn.Module, wanted: set[str]) -> None:

@@ -208,7 +208,7 @@ class Sparsifier:
         for layer in self.layers.of(optimizer):
             layer.last = step
             count = int(self.drop_fraction * layer.count)
-            if count > 0 and layer.count < layer.mask.numel():
+            if count > 0 and layer.count < layer.mask.numel() and layer.parameter.requires_grad:
                 changed[layer.parameter] = layer.replace(self._new_mask(layer, count, step))
         optimizer_state.reset(optimizer, changed)
         _drop_gradients(optimizer)
