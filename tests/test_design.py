@@ -21,6 +21,7 @@ PATH = [
     Clock.step,
     Clock.time,
     Clock.tick,
+    Clock.settle,
     Clock.is_over,
     Sparsifier.before_step,
     Sparsifier._due,

@@ -23,10 +23,11 @@ class Clock:
         self.steps: dict[int, int] = {}
         self.length: int | None = None
         self._epochs: int | None = None
+        self._begun: int | None = None  # the optimizer that is making a step
 
     def set_up(self, trainer: Trainer) -> None:
         """Note the length in epochs as the user gave it, before a callback adds to it (SWA does)."""
-        self._epochs = trainer.max_epochs
+        self._epochs, self._begun = trainer.max_epochs, None
 
     def start(self, trainer: Trainer) -> int | None:
         """Ask for the length of training, which loads its data.
@@ -45,13 +46,20 @@ class Clock:
         """Steps that the optimizer has made."""
         if trainer.lightning_module.automatic_optimization:
             return trainer.global_step
+        self.settle()
         return self.steps.get(self._index(trainer, optimizer), 0)
 
     def tick(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """The optimizer makes a step."""
+        """The optimizer begins a step, which counts once it is done: an exception may come between."""
         if not trainer.lightning_module.automatic_optimization:
-            index = self._index(trainer, optimizer)
-            self.steps[index] = self.steps.get(index, 0) + 1
+            self.settle()
+            self._begun = self._index(trainer, optimizer)
+
+    def settle(self) -> None:
+        """Count the step that was begun; it is done by now."""
+        if self._begun is not None:
+            self.steps[self._begun] = self.steps.get(self._begun, 0) + 1
+            self._begun = None
 
     def _index(self, trainer: Trainer, optimizer: Optimizer) -> int:
         return next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)

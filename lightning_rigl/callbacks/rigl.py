@@ -172,7 +172,8 @@ class RigLCallback(Callback):
         if self._state:
             self.on_fit_start(trainer, pl_module)  # strategies that shard restore a checkpoint after it
         sparsifier, step = self._active(), self._clock.start(trainer)
-        if self._resumed and trainer.global_step > 0:
+        inside = any(layer.last == trainer.global_step for layer in sparsifier.layers.values())
+        if self._resumed and (trainer.global_step > 0 or inside):  # saved inside the step, after its update
             sparsifier.layers.check_agreement()
         else:
             sparsifier.start(self._clock.length, step)
@@ -219,6 +220,7 @@ class RigLCallback(Callback):
         """Restore the zeros where an optimizer moves them, and log."""
         sparsifier = self._active()
         sparsifier.after_step()
+        self._clock.settle()
         self._say_if_mixing()
         if self._updated or sparsifier.mixing:
             mask_averages(trainer, sparsifier)

@@ -37,6 +37,8 @@ def first_masks(
         return drawn_masks(chosen, counts, pattern, init == "magnitude", seed)
     masks = mask_files.load_masks(init) if isinstance(init, (str, Path)) else init
     parameters = layers.named_parameters(model)
+    dense = layers.matching(model, exclude or (), "exclude")
+    masks = {name: mask for name, mask in masks.items() if name not in dense}
     mask_files.check_masks(masks, parameters)
     return {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
 

@@ -82,18 +82,27 @@ def _chosen(
         if isinstance(patterns, str):
             raise ValueError(f"{what}: expected a list of regular expressions, got the string {patterns!r}")
     weights = {n: p for n, p in named_parameters(model).items() if _is_weight(n, p)}
-    first = {id(p): n for n, p in weights.items()}
-    every = model.named_parameters(remove_duplicate=False)  # a tied weight goes by each of its names
-    names = {clean_name(n): first[id(p)] for n, p in every if id(p) in first}
     if include is None:
         default = _default_weights(model)
         wanted = {n for n, p in weights.items() if id(p) in default}
     else:
-        wanted = {names[n] for pattern in include for n in find(pattern, list(names), "include")}
+        wanted = matching(model, include, "include")
         _refuse_sparse_gradients(model, wanted)
-    unwanted = {names[n] for pattern in exclude or () for n in find(pattern, list(names), "exclude")}
-    _refuse_normed(model, wanted - unwanted)
-    return {n: p for n, p in weights.items() if n in wanted - unwanted}
+    wanted -= matching(model, exclude or (), "exclude")
+    _refuse_normed(model, wanted)
+    return {n: p for n, p in weights.items() if n in wanted}
+
+
+def matching(model: nn.Module, patterns: Sequence[str], what: str) -> set[str]:
+    """First names of the weights of which any name is found by a pattern: a tied weight has several.
+
+    Raises:
+        ValueError: a pattern finds nothing; it names the argument ``what``, and near misses.
+    """
+    first = {id(p): n for n, p in named_parameters(model).items() if _is_weight(n, p)}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {clean_name(n): first[id(p)] for n, p in every if id(p) in first}
+    return {names[n] for pattern in patterns for n in find(pattern, list(names), what)}
 
 
 def _is_weight(name: str, parameter: nn.Parameter) -> bool:

@@ -151,43 +151,6 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [lambda p: torch.optim.AdamW(p, 0.01), lambda p: torch.optim.SGD(p, 0.1, 0.9)]
-)
-@pytest.mark.parametrize("method", ["rigl", "set", "static"])
-def test_resuming_at_an_epoch_end_is_bitwise_exact(method, optimizer, tmp_path):
-    def run(epochs, ckpt=None):
-        module = small(optimizer=optimizer)
-        rigl = RigLCallback(0.8, method, schedule=UpdateSchedule(every=6, end=30, drop_fraction=0.5), seed=4)
-        keep = ModelCheckpoint(tmp_path / method, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-        trainer(rigl, keep, enable_checkpointing=True, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
-        return weights(module), rigl
-
-    straight, rigl = run(5)
-    for epoch in (0, 2):  # steps 8 and 24, the second one just before the update due there
-        resumed, again = run(5, tmp_path / method / f"epoch={epoch}.ckpt")
-        assert equal(straight, resumed)
-        assert all(torch.equal(rigl.masks[k], again.masks[k]) for k in rigl.masks)
-        assert again.sparsifier.updates == rigl.sparsifier.updates == (0 if method == "static" else 4)
-
-
-def test_resuming_with_other_layers_is_refused(tmp_path):
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
-    with pytest.raises(ValueError, match=r"exclude \[\], and this one has \['net.2'\]"):
-        trainer(RigLCallback(0.8, exclude=["net.2"]), max_epochs=9).fit(
-            small(), data(), ckpt_path=tmp_path / "last.ckpt"
-        )
-
-
-def test_a_resumed_run_keeps_the_schedule_it_resolved(tmp_path):
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    trainer(RigLCallback(0.8, schedule=SCHEDULE), keep, enable_checkpointing=True).fit(small(), data())
-    rigl = RigLCallback(0.8, schedule=SCHEDULE)
-    trainer(rigl, max_epochs=10).fit(small(), data(), ckpt_path=tmp_path / "last.ckpt")
-    assert rigl.sparsifier.timetable.end == 30  # 0.75 of the first run
-
-
 def test_the_checkpoint_is_a_plain_one(tmp_path):
     rigl, module = RigLCallback(0.8), small()
     keep = ModelCheckpoint(tmp_path, filename="last")
@@ -202,18 +165,6 @@ def test_the_checkpoint_is_a_plain_one(tmp_path):
     x = torch.randn(3, 16)
     assert torch.equal(loaded(x), module(x))
     assert not [name for name, _ in module.named_buffers()]
-
-
-def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path):
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    trainer(RigLCallback(0.8), keep, enable_checkpointing=True).fit(small(), data())
-    module = small(seed=1)
-    with pytest.raises(ValueError, match=r"method RigL\(\), and this one has SET\(\)"):
-        trainer(RigLCallback(0.8, "set"), max_epochs=9).fit(module, data(), ckpt_path=tmp_path / "last.ckpt")
-    other = small()
-    other.net[0] = nn.Linear(16, 30)
-    with pytest.raises(ValueError, match=r"net\.0\.weight is \(24, 16\) in the masks and \(30, 16\)"):
-        trainer(RigLCallback(0.8, init=str(tmp_path / "last.ckpt"))).fit(other, data())
 
 
 class TestOtherStages:
@@ -293,16 +244,6 @@ def test_a_second_fit_of_a_module_with_another_layer_is_refused():
     module.net[2] = nn.Linear(24, 5)
     with pytest.raises(ValueError, match=r"net\.2\.weight is \(4, 24\) in the masks and \(5, 24\)"):
         trainer(rigl, max_epochs=1).fit(module, data())
-
-
-def test_masks_of_a_checkpoint_start_a_new_run(tmp_path):
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    first = RigLCallback(0.8)
-    trainer(first, keep, enable_checkpointing=True).fit(small(), data())
-    second = RigLCallback(method="static", init=str(tmp_path / "last.ckpt"))
-    trainer(second).fit(small(seed=5), data())
-    assert all(torch.equal(first.masks[k], second.masks[k]) for k in first.masks)
-    assert all((m.sum() < m.numel()).item() for m in second.masks.values())
 
 
 def test_pickle_and_deepcopy_leave_the_model_behind():
@@ -500,18 +441,6 @@ def test_steps_that_go_past_the_hooks_are_noticed():
         trainer(rigl).fit(module, data())
     for name, mask in rigl.masks.items():
         assert (module.get_parameter(name)[~mask] == 0).all()
-
-
-def test_a_dense_checkpoint_goes_on_sparse(tmp_path):
-    def adam():
-        return small(optimizer=lambda p: torch.optim.AdamW(p, 0.01))
-
-    keep = ModelCheckpoint(tmp_path, filename="dense")
-    trainer(keep, enable_checkpointing=True, max_epochs=2).fit(adam(), data())
-    rigl = RigLCallback(0.8, init="magnitude", schedule=UpdateSchedule(every=6, end=30))
-    trainer(rigl, Watch(rigl)).fit(adam(), data(), ckpt_path=tmp_path / "dense.ckpt")
-    assert not rigl.sparsifier.mixing
-    assert rigl.sparsifier.updates == 2  # 18 and 24: what was due before step 16 is past
 
 
 class TestLogging:
