@@ -1,5 +1,16 @@
 """Dynamic sparse training for PyTorch Lightning."""
 
+try:
+    import lightning.pytorch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("lightning", "lightning.pytorch"):
+        raise
+    raise ModuleNotFoundError(
+        "lightning_rigl needs the package lightning, whose lightning.pytorch has the same names as "
+        "pytorch_lightning: pip install lightning",
+        name=error.name,
+    ) from error
+
 from lightning_rigl.callbacks.flops import FLOPsCallback
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.flops.report import FLOPsReport

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from lightning_rigl.callbacks.clock import Clock
+from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections
 from lightning_rigl.methods.rigl import RigL
@@ -23,6 +24,8 @@ PATH = [
     Clock.tick,
     Clock.settle,
     Clock.is_over,
+    EmptyStep.scaler,
+    EmptyStep.leave_unclipped,
     Sparsifier.before_step,
     Sparsifier._due,
     sparse_layer.last_update,

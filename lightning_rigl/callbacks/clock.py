@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -17,11 +19,15 @@ class Clock:
     Attributes:
         steps: index of the optimizer -> steps it has made, in manual optimization.
         length: see `training_length`.
+        limits: what a fractional ``end`` refers to in manual optimization: all batches and all steps of the
+            training (0 where not limited), and the length that the timetable was resolved by; None where the
+            end is in an optimizer's own steps. A resumed run keeps it with the timetable.
     """
 
     def __init__(self) -> None:
         self.steps: dict[int, int] = {}
         self.length: int | None = None
+        self.limits: tuple[int, int, int] | None = None
         self._epochs: int | None = None
         self._begun: int | None = None  # the optimizer that is making a step
 
@@ -29,13 +35,20 @@ class Clock:
         """Note the length in epochs as the user gave it, before a callback adds to it (SWA does)."""
         self._epochs, self._begun = trainer.max_epochs, None
 
-    def start(self, trainer: Trainer) -> int | None:
+    def start(self, trainer: Trainer, schedule: UpdateSchedule | None, resumed: bool) -> int | None:
         """Ask for the length of training, which loads its data.
+
+        Args:
+            trainer: the running trainer.
+            schedule: what is resolved now, unless the timetable of a checkpoint goes on.
+            resumed: that it does.
 
         Returns:
             The steps already done; None if several optimizers have made some.
         """
         self.length = training_length(trainer, self._epochs)
+        if not resumed:
+            self.limits = self._limits(trainer, schedule)
         if trainer.global_step == 0:
             self.steps = {}
         if trainer.lightning_module.automatic_optimization:
@@ -61,15 +74,32 @@ class Clock:
             self.steps[self._begun] = self.steps.get(self._begun, 0) + 1
             self._begun = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The counts and what a fractional ``end`` refers to, in plain types."""
+        return {"steps": dict(self.steps), "limits": self.limits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.steps, self.limits = dict(state.get("steps", {})), state.get("limits")
+
     def _index(self, trainer: Trainer, optimizer: Optimizer) -> int:
         return next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
 
-    def time(self, trainer: Trainer, schedule: UpdateSchedule | None) -> float | None:
-        """The time for a fractional ``end`` that no optimizer's own steps tell; None where they do."""
+    def _limits(self, trainer: Trainer, schedule: UpdateSchedule | None) -> tuple[int, int, int] | None:
         by_steps = trainer.lightning_module.automatic_optimization
-        if by_steps or schedule is None or not isinstance(schedule.end, float):
+        if by_steps or schedule is None or not isinstance(schedule.end, float) or self.length is None:
             return None
-        return progress(trainer, self._epochs) * (self.length or 0)
+        batches, epochs = trainer.num_training_batches, self._epochs
+        limited = epochs not in (None, -1) and math.isfinite(batches)
+        return int(batches * (epochs or 0)) if limited else 0, max(trainer.max_steps, 0), self.length
+
+    def time(self, trainer: Trainer) -> float | None:
+        """The time by which a fractional ``end`` is told where no optimizer's own steps tell it."""
+        if self.limits is None:
+            return None
+        *limits, length = self.limits
+        done = zip((trainer.fit_loop.total_batch_idx, trainer.global_step), limits, strict=True)
+        return max(n * length / total for n, total in done if total)  # exact where it is a whole number
 
     def is_over(self, trainer: Trainer) -> bool:
         """Whether all epochs are done, and this one was added for the statistics of averaged weights."""
@@ -115,18 +145,6 @@ def training_length(trainer: Trainer, epochs: int | None) -> int | None:
         steps += math.ceil(batches / window)
     by_hand = not trainer.lightning_module.automatic_optimization
     return steps if by_hand or trainer.max_steps == -1 else min(steps, trainer.max_steps)
-
-
-def progress(trainer: Trainer, epochs: int | None) -> float:
-    """How much of the training is done, in [0, 1]: of its batches or steps, whichever end comes first.
-
-    Args:
-        trainer: the running trainer, with a known length.
-        epochs: as in `training_length`.
-    """
-    batches = trainer.num_training_batches * epochs if epochs not in (None, -1) else math.inf
-    steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
-    return max(trainer.fit_loop.total_batch_idx / batches, trainer.global_step / steps)
 
 
 def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None) -> str | None:

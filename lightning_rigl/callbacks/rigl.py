@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lightning_rigl.callbacks.checks import (
     trained_before,
 )
 from lightning_rigl.callbacks.clock import Clock, shortfall
+from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
@@ -29,6 +31,8 @@ from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import UpdateSchedule
 from lightning_rigl.topology.tables import Table, density_table
+
+SEARCHES = (".lr_find_", ".scale_batch_size_")  # names of the checkpoints that Lightning's tuners write
 
 
 class RigLCallback(Callback):
@@ -102,8 +106,10 @@ class RigLCallback(Callback):
         self._fitting = False
         self._resumed = False
         self._dense_checkpoint = False  # the weights come from a run without this callback
+        self._searching = False  # a search for a learning rate or a batch size puts back what it found
         self._clock = Clock()
         self._updated = False  # in this batch
+        self._empty_step = EmptyStep()
         self._said: set[str] = set()
 
     @property
@@ -171,9 +177,11 @@ class RigLCallback(Callback):
         """Resolve the schedule now that the length of training is known; a resumed run keeps its own."""
         if self._state:
             self.on_fit_start(trainer, pl_module)  # strategies that shard restore a checkpoint after it
-        sparsifier, step = self._active(), self._clock.start(trainer)
+        sparsifier = self._active()
         inside = any(layer.last == trainer.global_step for layer in sparsifier.layers.values())
-        if self._resumed and (trainer.global_step > 0 or inside):  # saved inside the step, after its update
+        resumed = self._resumed and (trainer.global_step > 0 or inside)  # inside step 0, after its update
+        step = self._clock.start(trainer, sparsifier.schedule, resumed)
+        if resumed:
             sparsifier.layers.check_agreement()
         else:
             sparsifier.start(self._clock.length, step)
@@ -184,35 +192,33 @@ class RigLCallback(Callback):
         log_hyperparameters(trainer, sparsifier, self.settings)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In manual optimization mask the gradients now: the user may clip them before the step."""
+        """In manual optimization mask the gradients now, or keep them: the user may clip before the step."""
+        self._empty_step.backward = True
         if not pl_module.automatic_optimization:
             sparsifier = self._active()
-            time = self._clock.time(trainer, sparsifier.schedule)
+            time = self._clock.time(trainer)
             for optimizer in trainer.optimizers:
                 if not sparsifier.is_due(optimizer, self._clock.step(trainer, optimizer), time):
                     sparsifier.mask_gradients(optimizer)
+                elif getattr(trainer.precision_plugin, "scaler", None) is None:  # else they are scaled now
+                    sparsifier.keep_gradients(optimizer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Update the topology in place of this step, or mask the gradients before they are clipped."""
         sparsifier, step = self._active(), self._clock.step(trainer, optimizer)
-        time = self._clock.time(trainer, sparsifier.schedule)
+        time = self._clock.time(trainer)
         self._clock.tick(trainer, optimizer)
         over = self._clock.is_over(trainer)
-        scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if scaler and fused and (over or sparsifier.is_due(optimizer, step, time)):
-            scaler.unscale_(optimizer)  # else it finds no gradient to look at after an update
+        scaler = self._empty_step.scaler(trainer, optimizer)
+        if scaler and (over or sparsifier.is_due(optimizer, step, time)):
+            scaler.unscale_(optimizer)
         if over:
             optimizer.zero_grad()  # they are of the last epoch, and the weights are the average now
         elif sparsifier.before_step(optimizer, step, time):
             self._updated = True
-        elif sparsifier.postponed:
-            self._say(
-                "a topology update was due but a gradient was not finite; it takes place at the next step "
-                "whose gradients are finite"
-            )
+        self._empty_step.leave_unclipped(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -221,16 +227,21 @@ class RigLCallback(Callback):
         sparsifier = self._active()
         sparsifier.after_step()
         self._clock.settle()
-        self._say_if_mixing()
+        self._say_what_happened()
         if self._updated or sparsifier.mixing:
             mask_averages(trainer, sparsifier)
         log_step(trainer, pl_module, self._levels, event=self._updated)
         self._updated = False
+        self._empty_step.over(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the trainer as it was."""
+        self._empty_step.over(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more at what may have gone past the hooks, and log the levels to be monitored."""
         self._active().check_zeros()
-        self._say_if_mixing()
+        self._say_what_happened()
         if not trainer.barebones:
             log_levels(pl_module, self._levels(), on_step=False)
         thawed = [name for name, parameter in self._active().frozen.items() if parameter.requires_grad]
@@ -238,22 +249,31 @@ class RigLCallback(Callback):
             names = ", ".join(thawed[:5])
             self._say(f"{names} were frozen when the masks were made: they train now, and stay dense")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it if the topology has never been updated, where that could not be foreseen."""
+        sparsifier = self._active()
+        if sparsifier.timetable and not sparsifier.updates and not pl_module.automatic_optimization:
+            self._say("no topology update took place: no optimizer has made as many steps as the first needs")
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """See whether it is one of a run without this callback."""
-        self._dense_checkpoint = self.state_key not in checkpoint.get("callbacks", {})
+        """See whether it is one of a run without this callback, or a search's copy of what is here."""
+        self._searching = Path(trainer.ckpt_path or "").name.startswith(SEARCHES)
+        if not self._searching:
+            self._dense_checkpoint = self.state_key not in checkpoint.get("callbacks", {})
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, the resolved schedule and the counters, in plain types."""
         if self.sparsifier is None:
             return self._state
-        return {**self.sparsifier.state_dict(), "steps": dict(self._clock.steps)}
+        return {**self.sparsifier.state_dict(), **self._clock.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until a fit starts; validate and test load one too, with weights it goes with."""
-        self._state, self._owner, self._resumed = state_dict, self._module, self._fitting
-        self._clock.steps = dict(state_dict.get("steps", {}))
+        self._state, self._owner = state_dict, self._module
+        self._resumed = self._resumed or (self._fitting and not self._searching)
+        self._clock.load_state_dict(state_dict)
         if self.sparsifier is not None and self._module and self.sparsifier.model is self._module():
             self.sparsifier = None  # its masks are not those of the weights any more
 
@@ -269,7 +289,12 @@ class RigLCallback(Callback):
     def _levels(self) -> dict[str, float]:
         return sparsity_levels(self._active())
 
-    def _say_if_mixing(self) -> None:
+    def _say_what_happened(self) -> None:
+        if self._active().postponed:
+            self._say(
+                "a topology update was due but a gradient was not finite; it takes place at the next step "
+                "whose gradients are finite"
+            )
         if self._active().mixing:
             self._say("the optimizer moves inactive weights; they are set back to zero after each step")
 

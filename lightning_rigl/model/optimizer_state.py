@@ -20,9 +20,9 @@ def mixes_coordinates(kind: type[Optimizer]) -> bool:
     return any(ancestor.__name__ == "Muon" for ancestor in kind.__mro__)
 
 
-def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
+def gradients_are_finite(gradients: Iterable[Tensor | None]) -> bool:
     """Whether no gradient that this process holds has a nan or an infinity; reads back from the device."""
-    grads = [sharding.local(p.grad) for p in parameters if p.grad is not None]
+    grads = [sharding.local(grad) for grad in gradients if grad is not None]
     # one cheap pass: a finite sum has finite terms; where it is not, it may have overflowed on the way
     wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
     return all(bool(s.isfinite()) or bool(g.isfinite().all()) for g, s in zip(grads, wide, strict=True))

@@ -54,11 +54,7 @@ def everywhere(flag: bool, device: torch.device) -> bool:
 
 
 def check_same(numbers: Mapping[str, int], device: torch.device) -> None:
-    """Compare numbers of at most 62 bits, one for each layer, over the processes: one small collective.
-
-    Raises:
-        RuntimeError: they differ; it names the layers.
-    """
+    """Raise RuntimeError if the processes have other numbers (of 62 bits, one for each layer)."""
     if not numbers or not together() or _same(hash(tuple(numbers.values())) >> 2, device):
         return
     every: list[dict[str, int]] = [{}] * dist.get_world_size()

@@ -26,6 +26,7 @@ class SparseLayer:
         self.name, self.parameter = name, parameter
         self.mask = mask if sharding.is_sharded(mask) else sharding.shard(mask, parameter)
         self.last = -1  # the step of the last update
+        self.kept: Tensor | None = None  # a gradient that may be clipped before the update
         self._recount()
 
     def _recount(self) -> None:
@@ -44,13 +45,9 @@ class SparseLayer:
         self._recount()
 
     def replace(self, mask: Tensor) -> Tensor:
-        """Take a new mask of the same count; dropped weights become zero, grown ones are it.
+        """Take a new mask, whole, of the same count; returns where it changed, of what this process holds.
 
-        Args:
-            mask: the whole mask, equal in every process.
-
-        Returns:
-            Where the mask changed, of what this process holds.
+        Dropped weights become zero, grown ones are it.
         """
         new, own = sharding.local(sharding.shard(mask, self.parameter)), sharding.local(self.mask)
         changed = own ^ new
@@ -78,6 +75,16 @@ class SparseLayer:
         grad = self.parameter.grad
         if grad is not None and self._integers is not None:
             bits.and_(sharding.local(grad), self._integers)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The one that chooses connections: the parameter's, or what was kept of it."""
+        return self.parameter.grad if self.kept is None else self.kept
+
+    def keep_gradient(self) -> None:
+        """Copy the gradient, should it be clipped before the update."""
+        grad = self.parameter.grad
+        self.kept = None if grad is None else grad.detach().clone()
 
     def has_strays(self) -> bool:
         """Whether an inactive weight that this process holds is not zero; reads back from the device."""

@@ -148,8 +148,8 @@ class Sparsifier:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
         An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
-        the step that follows changes nothing. An update that meets a non-finite gradient is postponed. A step
-        whose update is done already (a resumed run repeats it) changes nothing either.
+        the step that follows changes nothing. One that meets a non-finite gradient is postponed; a step whose
+        update is done already (in a resumed run) changes nothing.
 
         Args:
             optimizer: the one about to step; only the layers among its parameters are touched.
@@ -160,8 +160,7 @@ class Sparsifier:
             Whether the topology was updated.
 
         Raises:
-            RuntimeError: `start` has not been called, so that the schedule is not known in steps; or the
-                processes of a distributed run have come to different masks.
+            RuntimeError: before `start`; or processes of a distributed run have come to different masks.
         """
         own = self.layers.of(optimizer)
         due = self._due(own, step, clock)
@@ -177,12 +176,19 @@ class Sparsifier:
             self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
             for layer in own:
                 layer.mask_gradient()
+        for layer in own:
+            layer.kept = None
         return due
 
     def mask_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients of inactive connections; `before_step` does it on every ordinary step."""
         for layer in self.layers.of(optimizer):
             layer.mask_gradient()
+
+    def keep_gradients(self, optimizer: Optimizer) -> None:
+        """Keep what an update reads, before the gradients are clipped, until the next `before_step`."""
+        for layer in self.layers.of(optimizer):
+            layer.keep_gradient()
 
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
@@ -196,9 +202,8 @@ class Sparsifier:
     def update(self, optimizer: Optimizer, step: int, clock: float | None = None) -> None:
         """Drop and grow in every layer of the optimizer, in place of its step; arguments as in `before_step`.
 
-        Newly grown weights are zero. The optimizer's state becomes fresh where the mask changed; connections
-        that are dropped and grown again keep value and state. Of sharded parameters one layer at a time is
-        gathered.
+        Weights and optimizer state are fresh where the mask changed; connections that are dropped and grown
+        again keep both. Of sharded parameters one layer at a time is gathered.
         """
         self.check_zeros()
         self.drop_fraction = (
@@ -216,25 +221,19 @@ class Sparsifier:
         self.layers.check_agreement()
 
     def _new_mask(self, layer: SparseLayer, count: int, step: int) -> Tensor:
-        grad = layer.parameter.grad if self.method.gradient != "never" else None
-        return new_mask(
-            sharding.full(layer.parameter.detach()),
-            sharding.full(layer.mask),
-            None if grad is None else sharding.full(grad),
-            count,
-            self.method,
-            self.pattern,
-            initial_masks.private_generator(self.seed, layer.name, step),
-        )
+        grad = layer.gradient if self.method.gradient != "never" else None
+        weight, mask = sharding.full(layer.parameter.detach()), sharding.full(layer.mask)
+        grad = grad if grad is None else sharding.full(grad)
+        generator = initial_masks.private_generator(self.seed, layer.name, step)
+        return new_mask(weight, mask, grad, count, self.method, self.pattern, generator)
 
     def mask_weights(self) -> None:
         """Set the inactive weights to zero."""
         self.layers.mask_weights()
 
     def _gradients_are_finite(self, own: Sequence[SparseLayer]) -> bool:
-        parameters = [layer.parameter for layer in own]
-        finite = optimizer_state.gradients_are_finite(parameters)
-        return sharding.everywhere(finite, parameters[0].device) if parameters else finite
+        finite = optimizer_state.gradients_are_finite(layer.gradient for layer in own)
+        return sharding.everywhere(finite, own[0].parameter.device) if own else finite
 
     def is_current(self) -> bool:
         """Whether the model still has the parameters that the masks were made for, as they were."""

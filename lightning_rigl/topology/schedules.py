@@ -118,8 +118,7 @@ class Timetable:
     def due(self, step: int, last: int, clock: float | None = None) -> bool:
         """Whether an update is due at ``step`` (steps already done) if the last one took place at ``last``.
 
-        An update that was postponed stays due until it is done; the grid of due steps does not move. Where
-        ``end`` is told by another clock than the steps of the grid, ``clock`` is its time.
+        A postponed update stays due; the grid does not move. ``clock``: the time of ``end``, if not ``step``.
         """
         if step < self.begin or (step if clock is None else clock) >= self.end:
             return False

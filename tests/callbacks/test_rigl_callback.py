@@ -1,20 +1,15 @@
 """RigLCallback inside the real Trainer."""
 
 import copy
-import csv
 import pickle
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rigl import ERK, RigLCallback, Sparsifier, UpdateSchedule
 from tests.callbacks.problems import Small, data, small, trainer
@@ -90,25 +85,6 @@ def test_the_model_is_sparse_from_the_first_forward_and_in_the_sanity_check():
     assert max(Look.densities) < 0.2
 
 
-def test_gradients_are_masked_before_they_are_clipped():
-    module, rigl = small(dtype=torch.float64), RigLCallback(0.9, "static", seed=1)
-    trainer(rigl, max_epochs=1, gradient_clip_val=0.1).fit(module, data(dtype=torch.float64))
-    plain = small(dtype=torch.float64)
-    masks = {name: mask.double() for name, mask in rigl.masks.items()}
-    optimizer = plain.configure_optimizers()
-    for name, mask in masks.items():
-        plain.get_parameter(name).data.mul_(mask)
-    for x, y in data(dtype=torch.float64):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x), y).backward()
-        for name, mask in masks.items():
-            plain.get_parameter(name).grad.mul_(mask)
-        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-        optimizer.step()
-    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
-
-
 def test_the_order_of_the_hooks():
     """The dense gradient is there when an update chooses; what is clipped, and stepped with, is masked."""
     seen = []
@@ -134,21 +110,6 @@ def test_the_order_of_the_hooks():
     ordinary = [("backward", True), ("clip", False), ("step", False)]
     update = [("backward", True), ("clip", None), ("step", None)]
     assert seen == [*ordinary, *ordinary, *update]
-
-
-def test_accumulated_batches_equal_one_large_batch():
-    runs = []
-    for size, accumulate in ((8, 1), (2, 4)):
-        module, rigl = small(dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE, seed=4)
-        trainer(rigl, accumulate_grad_batches=accumulate).fit(
-            module, data(batch_size=size, dtype=torch.float64)
-        )
-        runs.append((weights(module), rigl.masks, rigl.sparsifier.updates))
-    (first, masks, updates), (second, others, same) = runs
-    assert updates == same == 4
-    assert all(torch.equal(masks[k], others[k]) for k in masks)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_the_checkpoint_is_a_plain_one(tmp_path):
@@ -228,24 +189,6 @@ class TestOtherStages:
         assert rigl.sparsifier.seed == 2
 
 
-def test_a_second_fit_follows_parameters_of_another_type():
-    rigl, module = RigLCallback(0.8, schedule=UpdateSchedule(every=3, end=30)), small()
-    trainer(rigl, max_epochs=2).fit(module, data())
-    masks = {name: mask.clone() for name, mask in rigl.masks.items()}
-    module.double()
-    trainer(rigl, Watch(rigl), max_epochs=1).fit(module, data(dtype=torch.float64))
-    assert not all(torch.equal(masks[k], m) for k, m in rigl.masks.items())  # it has gone on updating
-    assert rigl.sparsifier.updates == 7  # 3 .. 15, then 3 and 6
-
-
-def test_a_second_fit_of_a_module_with_another_layer_is_refused():
-    rigl, module = RigLCallback(0.8), small()
-    trainer(rigl, max_epochs=1).fit(module, data())
-    module.net[2] = nn.Linear(24, 5)
-    with pytest.raises(ValueError, match=r"net\.2\.weight is \(4, 24\) in the masks and \(5, 24\)"):
-        trainer(rigl, max_epochs=1).fit(module, data())
-
-
 def test_pickle_and_deepcopy_leave_the_model_behind():
     rigl, module = RigLCallback(0.8), small()
     trainer(rigl).fit(module, data())
@@ -256,21 +199,6 @@ def test_pickle_and_deepcopy_leave_the_model_behind():
     assert len(pickle.dumps(rigl)) < 4000  # 12.5 kB with the module
     clone = copy.deepcopy(module)
     assert equal(weights(module), weights(clone))
-
-
-def test_fit_again_goes_on_and_a_new_model_starts_anew():
-    rigl, module = RigLCallback(0.8, schedule=UpdateSchedule(every=6, end=60)), small()
-    fit = trainer(rigl, max_epochs=5)
-    fit.fit(module, data())
-    sparsifier, updates = rigl.sparsifier, rigl.sparsifier.updates
-    fit.fit_loop.max_epochs = 7
-    fit.fit(module, data())
-    assert rigl.sparsifier is sparsifier
-    assert (updates, sparsifier.updates) == (6, 9)  # 6 .. 36, then 42, 48, 54
-    masks = sparsifier.masks
-    trainer(rigl).fit(small(seed=7), data())
-    assert rigl.sparsifier is not sparsifier
-    assert masks is not rigl.masks
 
 
 def test_validate_before_fit_changes_nothing():
@@ -286,33 +214,6 @@ def test_validate_before_fit_changes_nothing():
     assert rigl.masks
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"fast_dev_run": True},
-        {"barebones": True},
-        {"overfit_batches": 2},
-        {"limit_train_batches": 3},
-        {"max_steps": 9},
-    ],
-    ids=str,
-)
-def test_trainer_modes(arguments):
-    rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2))
-    settings = {**arguments}
-    if "barebones" in arguments:
-        settings |= {
-            "logger": None,
-            "enable_checkpointing": None,
-            "enable_progress_bar": None,
-            "enable_model_summary": None,
-        }
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer(rigl, Watch(rigl), **settings).fit(small(), data())
-    assert not [w for w in said if "RigLCallback" in str(w.message)]
-
-
 def test_a_run_too_short_is_said_once():
     with pytest.warns(UserWarning, match="no topology update will take place: the first is due at step 100"):
         trainer(RigLCallback(0.8)).fit(small(), data())
@@ -323,26 +224,6 @@ def test_a_run_too_short_is_said_once():
             warnings.simplefilter("always")
             trainer(quiet).fit(small(), data())
         assert not [w for w in said if "RigLCallback" in str(w.message)]
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.randn(16), 1
-
-
-def test_unknown_length_of_training():
-    loader = DataLoader(Endless(), batch_size=4)
-    rigl = RigLCallback(0.8)
-    module = small()
-    before = weights(module)
-    for endless in ({"max_epochs": -1, "limit_train_batches": 3}, {"max_epochs": 2}):
-        with pytest.raises(ValueError, match=r"end=<steps>.*max_steps"):
-            trainer(rigl, **endless).fit(module, loader)
-        assert equal(before, weights(module))
-    rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=2, end=9))
-    trainer(rigl, max_steps=12, max_epochs=-1).fit(small(), loader)
-    assert rigl.sparsifier.updates == 4
 
 
 class Poison(pl.Callback):
@@ -370,107 +251,8 @@ def test_an_optimizer_that_moves_inactive_weights_is_noticed_and_said_once():
     assert len([w for w in said if "moves inactive weights" in str(w.message)]) == 1
 
 
-def test_mixed_precision_with_a_real_scaler_masks_what_the_scaler_sees():
-    module, rigl = small(), RigLCallback(0.8, schedule=SCHEDULE)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    watch = Watch(rigl)
-    trainer(rigl, watch, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(module, data())
-    assert watch.updates == [6, 12, 18, 24]
-    assert all(p.isfinite().all() for p in module.parameters())
-
-
-class Manual(Small):
-    """Two optimizers that step at different rates."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.other = nn.Linear(16, 4)
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        for optimizer, net in ((first, self.net), (second, self.other)):
-            if optimizer is second and batch_idx % 2:
-                continue
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.AdamW(self.other.parameters(), 0.01)
-
-
-def test_in_manual_optimization_each_optimizer_counts_its_own_steps():
-    torch.manual_seed(0)
-    module, rigl = Manual(), RigLCallback(0.6, schedule=UpdateSchedule(every=6, end=20))
-    trainer(rigl).fit(module, data())
-    assert rigl._clock.steps == {0: 40, 1: 20}
-    assert {layer.last for layer in rigl.sparsifier.layers.values()} == {18}
-    assert rigl.sparsifier.updates == 6
-
-
-def test_resuming_in_manual_optimization_is_bitwise_exact(tmp_path):
-    def run(epochs, ckpt=None):
-        torch.manual_seed(0)
-        module, rigl = Manual(), RigLCallback(0.6, schedule=UpdateSchedule(every=3, end=18), seed=1)
-        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        trainer(rigl, keep, max_epochs=epochs, enable_checkpointing=True).fit(module, data(), ckpt_path=ckpt)
-        return weights(module), rigl
-
-    straight, rigl = run(4)
-    resumed, again = run(4, tmp_path / "epoch=1.ckpt")
-    assert equal(straight, resumed)
-    assert rigl._clock.steps == again._clock.steps == {0: 32, 1: 16}
-    assert rigl.sparsifier.updates == again.sparsifier.updates == 10
-
-
-class Bypass(Manual):
-    """Steps that go past Lightning's hooks."""
-
-    def training_step(self, batch, batch_idx):
-        optimizer, _ = self.optimizers(use_pl_optimizer=False)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(self.net(batch[0]), batch[1]).backward()
-        optimizer.step()
-
-
-def test_steps_that_go_past_the_hooks_are_noticed():
-    torch.manual_seed(0)
-    module, rigl = Bypass(), RigLCallback(0.6, "static")
-    with pytest.warns(UserWarning, match="moves inactive weights"):
-        trainer(rigl).fit(module, data())
-    for name, mask in rigl.masks.items():
-        assert (module.get_parameter(name)[~mask] == 0).all()
-
-
 class TestLogging:
     """Levels at the trainer's rhythm, events at once, settings as hyperparameters."""
-
-    def test_csv(self, tmp_path):
-        logger = CSVLogger(tmp_path)
-        rigl = RigLCallback(0.8, schedule=SCHEDULE, seed=3)
-        trainer(rigl, logger=logger, log_every_n_steps=10).fit(small(), data())
-        rows = list(csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()))
-        updates = {int(r["step"]): float(r["sparsity/updates"]) for r in rows if r["sparsity/updates"]}
-        assert {6: 1, 12: 2, 18: 3, 24: 4}.items() <= updates.items()
-        assert {9, 19, 29, 39} <= updates.keys()
-        assert len(updates) < 20  # not every step
-        density = [float(r["sparsity/density"]) for r in rows if r["sparsity/density"]]
-        assert density == pytest.approx(
-            [sum(rigl.sparsifier.counts.values()) / 480] * len(density), abs=1e-12
-        )
-        settings = yaml.safe_load((tmp_path / "lightning_logs/version_0/hparams.yaml").read_text())
-        assert settings["sparsity/sparsity"] == 0.8
-        assert settings["sparsity/seed"] == 3
-        assert settings["sparsity/end"] == 30
-
-    def test_levels_can_be_monitored(self, tmp_path):
-        rigl = RigLCallback(0.8, schedule=SCHEDULE)
-        keep = ModelCheckpoint(tmp_path, monitor="sparsity/updates", mode="max")
-        fit = trainer(rigl, keep, logger=TensorBoardLogger(tmp_path), enable_checkpointing=True)
-        fit.fit(small(), data())
-        assert float(keep.best_model_score) == 4
-        assert set(fit.callback_metrics) >= {"sparsity/density", "sparsity/drop_fraction", "sparsity/updates"}
 
     def test_no_log_call_on_ordinary_steps(self):
         class Count(Small):
