@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic rows on CUDA
 torch.set_num_threads(1)
 
 

@@ -78,17 +78,18 @@ OPTIMIZERS = {
 MIXING = {"muon", "noisy"}
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, device="cpu"):
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+    layers = nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)
+    return nn.Sequential(*layers).to(device, dtype)
 
 
-def batches(count, dtype=torch.float32):
+def batches(count, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(2)
     return [
         (
-            torch.randn(8, 12, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randn(8, 4, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(8, 12, generator=generator, dtype=torch.float64).to(device, dtype),
+            torch.randn(8, 4, generator=generator, dtype=torch.float64).to(device, dtype),
         )
         for _ in range(count)
     ]

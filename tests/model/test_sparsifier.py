@@ -34,9 +34,9 @@ def elementwise_state(optimizer, parameter):
 
 @pytest.mark.parametrize("method", ["rigl", "set", "static"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_contract(name, method):
+def test_contract(name, method, device):
     """At every step: exact counts, zeros, fresh state where inactive, nothing rebound."""
-    model = network()
+    model = network(device=device)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     sparsifier = Sparsifier(model, 0.7, method, schedule=SCHEDULE, seed=0)
     sparsifier.start()
@@ -51,10 +51,10 @@ def test_contract(name, method):
             assert int(mask.sum()) == counts[key]
             assert (parameter[~mask] == 0).all()
             for entry, value in elementwise_state(optimizer, parameter).items():
-                inactive = value[~mask]
+                inactive = value[~mask].cpu()
                 assert (inactive == fresh(name, entry)).all(), entry
 
-    train(model, optimizer, sparsifier, batches(30), check)
+    train(model, optimizer, sparsifier, batches(30, device=device), check)
     assert [t.data_ptr() for t in (*model.parameters(), *sparsifier.masks.values())] == pointers
     assert sum(seen) == sparsifier.updates == (0 if method == "static" else 4)
     assert sparsifier.mixing == (name in MIXING)
@@ -72,16 +72,17 @@ def fresh(name, entry):
 
 @pytest.mark.parametrize("method", ["rigl", "set"])
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in MIXING])
-def test_an_update_touches_only_what_it_changes(name, method):
-    model = network()
+def test_an_update_touches_only_what_it_changes(name, method, device):
+    model = network(device=device)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     sparsifier = Sparsifier(
         model, 0.6, method, schedule=UpdateSchedule(every=10, end=100, drop_fraction=0.6), seed=0
     )
     sparsifier.start()
-    train(model, optimizer, sparsifier, batches(10))
+    train(model, optimizer, sparsifier, batches(10, device=device))
     before = copy.deepcopy((model.state_dict(), sparsifier.masks, optimizer.state_dict()["state"]))
-    nn.functional.mse_loss(model(batches(1)[0][0]), batches(1)[0][1]).backward()
+    x, y = batches(1, device=device)[0]
+    nn.functional.mse_loss(model(x), y).backward()
     assert sparsifier.before_step(optimizer, 10)
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()  # changes nothing
@@ -101,7 +102,7 @@ def test_an_update_touches_only_what_it_changes(name, method):
         for entry, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 assert torch.equal(value[stays], states[index][entry][stays])
-                assert (value[~stays] == fresh(name, entry)).all()
+                assert (value[~stays].cpu() == fresh(name, entry)).all()
             elif torch.is_tensor(value):  # step, and factored statistics
                 assert torch.equal(value, states[index][entry])
 
