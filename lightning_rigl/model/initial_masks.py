@@ -28,6 +28,8 @@ def first_masks(
 ) -> dict[str, Tensor]:
     """The masks that a training starts with; the arguments are those of `Sparsifier`. Changes nothing."""
     check(sparsity, distribution, init)
+    if empty := [name for name, parameter in layers.named_parameters(model).items() if parameter.is_meta]:
+        raise ValueError(f"{empty[0]} is on the meta device, without values; materialize the model first")
     distribution, overall = _budget(sparsity, distribution)
     if isinstance(init, str) and init in INITS:
         chosen = layers.select(model, include, exclude)

@@ -64,7 +64,7 @@ def select(
             f"or more dimensions ({', '.join(weights[:5]) or 'none'}) none is selected and trainable; name "
             "some with include=[...], and check exclude and requires_grad"
         )
-    _refuse_memory(chosen)
+    _refuse_layouts(chosen)
     return chosen
 
 
@@ -133,10 +133,8 @@ def _weights_of(module: nn.Module) -> Iterator[Tensor]:
         yield from (p for n, p in own.items() if n.endswith("proj_weight"))
 
 
-def _refuse_memory(chosen: Mapping[str, nn.Parameter]) -> None:
+def _refuse_layouts(chosen: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in chosen.items():
-        if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device, without values; materialize the model first")
         if parameter.layout != torch.strided:
             raise ValueError(
                 f"{name} has the layout {parameter.layout}: masks need an ordinary tensor with zeros; take "

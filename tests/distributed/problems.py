@@ -227,6 +227,7 @@ def main():
     torch.set_num_threads(1)
     task, *arguments = sys.argv[1:]
     {"fit": fit, "node": node}[task](*arguments)
+    os._exit(0)  # torch's threads may abort an orderly end of the interpreter
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The first process stores the whole weights, the whole masks and what it saw under FOLDER.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -131,7 +132,8 @@ def main(folder, case, checkpoint=None):
     result = fit(case, folder, checkpoint, devices=data * tensor, strategy=strategy)
     if dist.get_rank() == 0:
         torch.save(result, folder / "result.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # torch's threads may abort an orderly end of the interpreter
 
 
 if __name__ == "__main__":
