@@ -14,6 +14,7 @@ from torch.nn.utils.prune import is_pruned
 from torch.optim import LBFGS
 
 from lightning_rigl.model.layers import select
+from lightning_rigl.model.sparsifier import Sparsifier
 
 
 def refuse_trainer(trainer: Trainer) -> None:
@@ -52,6 +53,34 @@ def refuse_optimizers(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "RigLCallback does not work with LBFGS: its history mixes all weights, and it evaluates several "
             "gradients a step; use a first-order optimizer such as SGD or AdamW"
+        )
+
+
+def refuse_shared(
+    trainer: Trainer, module: LightningModule, include: list[str] | None, exclude: list[str] | None
+) -> None:
+    """Raise MisconfigurationException for a sparse parameter of two optimizers: which step is its own?"""
+    for name, parameter in select(module, include, exclude).items():
+        places = [
+            str(index)
+            for index, optimizer in enumerate(trainer.optimizers)
+            if any(p is parameter for group in optimizer.param_groups for p in group["params"])
+        ]
+        if len(places) > 1:
+            raise MisconfigurationException(
+                f"{name} belongs to the optimizers {' and '.join(places)}, and the topology of a layer "
+                "follows the steps of one; give it to one optimizer, exclude it, or take method='static'"
+            )
+
+
+def refuse_stale_masks(sparsifier: Sparsifier) -> None:
+    """Raise MisconfigurationException if the weights have changed without the masks."""
+    if sparsifier.layers.has_strays() and not sparsifier.mixing:
+        raise MisconfigurationException(
+            "the weights have connections that the masks here do not: they have been loaded, or trained by "
+            "processes that ddp_fork, ddp_spawn or ddp_notebook started, which keep their masks; "
+            "load_masks(trainer.checkpoint_callback.best_model_path) reads those of a checkpoint, and a new "
+            "RigLCallback(init=<checkpoint>) goes on with them"
         )
 
 

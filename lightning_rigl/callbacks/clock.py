@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch.optim import Optimizer
 
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
@@ -29,11 +29,18 @@ class Clock:
         self.length: int | None = None
         self.limits: tuple[int, int, int] | None = None
         self._epochs: int | None = None
+        self._last: int | None = None  # the epoch that SWA adds
         self._begun: int | None = None  # the optimizer that is making a step
+        self._made: Any = None  # Lightning's count of steps, and what it was before this one
+        self._before = 0
 
     def set_up(self, trainer: Trainer) -> None:
         """Note the length in epochs as the user gave it, before a callback adds to it (SWA does)."""
-        self._epochs, self._begun = trainer.max_epochs, None
+        self._epochs, self._begun, self._last = trainer.max_epochs, None, None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
+        if averages and trainer.max_epochs != -1:
+            self._last = trainer.max_epochs
 
     def start(self, trainer: Trainer, schedule: UpdateSchedule | None, resumed: bool) -> int | None:
         """Ask for the length of training, which loads its data.
@@ -66,16 +73,18 @@ class Clock:
         """The optimizer begins a step, which counts once it is done: an exception may come between."""
         if not trainer.lightning_module.automatic_optimization:
             self.settle()
-            self._begun = self._index(trainer, optimizer)
+            self._begun, self._before = self._index(trainer, optimizer), trainer.global_step
+            self._made = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
 
     def settle(self) -> None:
-        """Count the step that was begun; it is done by now."""
-        if self._begun is not None:
+        """Count the step that was begun, if it is done."""
+        if self._begun is not None and self._made.completed > self._before:
             self.steps[self._begun] = self.steps.get(self._begun, 0) + 1
             self._begun = None
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and what a fractional ``end`` refers to, in plain types."""
+        self.settle()
         return {"steps": dict(self.steps), "limits": self.limits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -98,12 +107,13 @@ class Clock:
         if self.limits is None:
             return None
         *limits, length = self.limits
-        done = zip((trainer.fit_loop.total_batch_idx, trainer.global_step), limits, strict=True)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        done = zip((batches, trainer.global_step), limits, strict=True)
         return max(n * length / total for n, total in done if total)  # exact where it is a whole number
 
     def is_over(self, trainer: Trainer) -> bool:
-        """Whether all epochs are done, and this one was added for the statistics of averaged weights."""
-        return self._epochs not in (None, -1) and trainer.current_epoch >= (self._epochs or 0)
+        """Whether this epoch is the one that SWA adds, to collect the statistics of its average."""
+        return self._last is not None and trainer.current_epoch >= self._last
 
     def refuse_unknown(self, trainer: Trainer, schedule: UpdateSchedule | None) -> None:
         """Raise ValueError for a schedule in fractions of what nobody knows.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import Precision
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -12,7 +15,7 @@ class EmptyStep:
 
     def __init__(self) -> None:
         self.backward = False  # took place in this batch
-        self._clip: int | float | None = None  # the trainer's, while there is no gradient to clip
+        self._plugin: Precision | None = None  # that clips nothing at present
 
     def scaler(self, trainer: Trainer, optimizer: Optimizer) -> GradScaler | None:
         """The scaler that must see the gradients before they are dropped: a fused optimizer unscales them."""
@@ -22,14 +25,20 @@ class EmptyStep:
 
     def leave_unclipped(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Clip nothing if there is nothing to clip: by value, torch fails then."""
-        if trainer.gradient_clip_val and not _has_gradient(optimizer):
-            self._clip, trainer.gradient_clip_val = trainer.gradient_clip_val, 0
+        if not _has_gradient(optimizer):
+            self._plugin = trainer.precision_plugin
+            self._plugin.clip_grad_by_value = _nothing  # type: ignore[assignment, method-assign]  # here only
 
     def over(self, trainer: Trainer) -> None:
         """Leave the trainer as it was."""
         self.backward = False
-        if self._clip is not None:
-            trainer.gradient_clip_val, self._clip = self._clip, None
+        if self._plugin is not None:
+            vars(self._plugin).pop("clip_grad_by_value", None)
+            self._plugin = None
+
+
+def _nothing(*arguments: Any) -> None:
+    """Stands in for clipping."""
 
 
 def _has_gradient(optimizer: Optimizer) -> bool:

@@ -17,6 +17,8 @@ from lightning_rigl.callbacks.checks import (
     concerns,
     refuse_module,
     refuse_optimizers,
+    refuse_shared,
+    refuse_stale_masks,
     refuse_trainer,
     trained_before,
 )
@@ -116,6 +118,7 @@ class RigLCallback(Callback):
     def masks(self) -> dict[str, Tensor]:
         """Cleaned parameter name -> bool tensor, True = active; they change in place at updates."""
         if self.sparsifier is not None:
+            self._refuse_stale()
             return self.sparsifier.masks
         if self._state:
             return unpack_masks(self._state["masks"])
@@ -128,6 +131,7 @@ class RigLCallback(Callback):
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density. Print it."""
         if self.sparsifier is not None:
+            self._refuse_stale()
             return self.sparsifier.summary()
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
@@ -149,8 +153,10 @@ class RigLCallback(Callback):
         if self._owner is None or self._owner() is not pl_module:
             state = {}  # it goes with the weights of another model
         known = self.sparsifier is not None and self.sparsifier.model is pl_module
-        if not state and known and not self._active().is_current():
-            state = self._active().state_dict()  # the parameters have moved, or have another type
+        if not state and known:
+            refuse_stale_masks(self._active())
+            if not self._active().is_current():
+                state = self._active().state_dict()  # the parameters have moved, or have another type
         if state:
             masks = check_state(state, identity(**{kind: self.settings[kind] for kind in IDENTITY}))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, masks)
@@ -159,8 +165,10 @@ class RigLCallback(Callback):
             method = self.settings["method"]
             schedule = method.schedule and (self.settings["schedule"] or method.schedule)
             self._clock.refuse_unknown(trainer, schedule)
+            rules = self.settings["include"], self.settings["exclude"]
+            if method.schedule:
+                refuse_shared(trainer, pl_module, *rules)
             if self.settings["init"] == "random":
-                rules = self.settings["include"], self.settings["exclude"]
                 self._say(trained_before(pl_module, *rules, self._dense_checkpoint))
             self.sparsifier = self._new_sparsifier(trainer, pl_module, self.settings["init"])
             self._clock.steps = {}
@@ -218,6 +226,7 @@ class RigLCallback(Callback):
             optimizer.zero_grad()  # they are of the last epoch, and the weights are the average now
         elif sparsifier.before_step(optimizer, step, time):
             self._updated = True
+            mask_averages(trainer, sparsifier)
         self._empty_step.leave_unclipped(trainer, optimizer)
 
     def on_train_batch_end(
@@ -228,7 +237,7 @@ class RigLCallback(Callback):
         sparsifier.after_step()
         self._clock.settle()
         self._say_what_happened()
-        if self._updated or sparsifier.mixing:
+        if sparsifier.mixing:
             mask_averages(trainer, sparsifier)
         log_step(trainer, pl_module, self._levels, event=self._updated)
         self._updated = False
@@ -263,8 +272,22 @@ class RigLCallback(Callback):
         if not self._searching:
             self._dense_checkpoint = self.state_key not in checkpoint.get("callbacks", {})
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The fit is over: the weights may change without the masks from here on."""
+        self._fitting = False
+
+    def _refuse_stale(self) -> None:
+        if not self._fitting:
+            refuse_stale_masks(self._active())
+
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, the resolved schedule and the counters, in plain types."""
+        if self.sparsifier is None:
+            return self._state
+        self._refuse_stale()
+        return self._saved()
+
+    def _saved(self) -> dict[str, Any]:
         if self.sparsifier is None:
             return self._state
         return {**self.sparsifier.state_dict(), **self._clock.state_dict()}
@@ -273,14 +296,17 @@ class RigLCallback(Callback):
         """Keep the state until a fit starts; validate and test load one too, with weights it goes with."""
         self._state, self._owner = state_dict, self._module
         self._resumed = self._resumed or (self._fitting and not self._searching)
-        self._clock.load_state_dict(state_dict)
+        if self._fitting:
+            self._clock.load_state_dict(state_dict)
         if self.sparsifier is not None and self._module and self.sparsifier.model is self._module():
             self.sparsifier = None  # its masks are not those of the weights any more
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: masks and counters travel as a checkpoint's state."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")}
-        return {**kept, "sparsifier": None, "_module": None, "_owner": None, "_state": self.state_dict()}
+        self._sent = self._saved()  # kept here: a process that is started maps this memory
+        left = ("log", "log_dict", "_sent")
+        kept = {key: value for key, value in vars(self).items() if key not in left}
+        return {**kept, "sparsifier": None, "_module": None, "_owner": None, "_state": self._sent}
 
     def _active(self) -> Sparsifier:
         assert self.sparsifier is not None, "on_fit_start makes it"

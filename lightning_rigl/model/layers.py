@@ -31,7 +31,17 @@ def clean_name(name: str) -> str:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Cleaned name -> parameter, in module order; a tied parameter once, under its first name."""
-    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    return dict(_names(model, remove_duplicate=True))
+
+
+def _names(model: nn.Module, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """Cleaned names and parameters; what a parallel wrapper calls ``module`` is no part of a name."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrapped = [f"{path}.".lstrip(".") for path, m in model.named_modules() if isinstance(m, parallel)]
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        for path in reversed(wrapped):  # the inner one first
+            name = path + name[len(path) :].removeprefix("module.") if name.startswith(path) else name
+        yield clean_name(name), parameter
 
 
 def select(
@@ -100,8 +110,7 @@ def matching(model: nn.Module, patterns: Sequence[str], what: str) -> set[str]:
         ValueError: a pattern finds nothing; it names the argument ``what``, and near misses.
     """
     first = {id(p): n for n, p in named_parameters(model).items() if _is_weight(n, p)}
-    every = model.named_parameters(remove_duplicate=False)
-    names = {clean_name(n): first[id(p)] for n, p in every if id(p) in first}
+    names = {n: first[id(p)] for n, p in _names(model, remove_duplicate=False) if id(p) in first}
     return {names[n] for pattern in patterns for n in find(pattern, list(names), what)}
 
 

@@ -89,7 +89,7 @@ class SparseLayer:
     def has_strays(self) -> bool:
         """Whether an inactive weight that this process holds is not zero; reads back from the device."""
         nonzero = sharding.local(self.parameter.detach()) != 0
-        return bool((nonzero > sharding.local(self.mask)).count_nonzero())
+        return bool((nonzero > sharding.local(self.mask).to(nonzero.device)).count_nonzero())
 
     def inactive(self) -> Tensor:
         """Where there is no connection, of what this process holds."""

@@ -184,6 +184,36 @@ def test_the_trainer_clips_active_gradients(algorithm, clip, accumulate):
     assert_equal(module, plain, atol=1e-12)
 
 
+class OwnClipping(Small):
+    """Clips in a hook of its own, by Lightning's means or by torch's."""
+
+    def __init__(self, by, **arguments):
+        super().__init__(**arguments)
+        self.by = by
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if self.by == "lightning":
+            self.clip_gradients(optimizer, 0.1, gradient_clip_algorithm)
+        elif any(p.grad is not None for p in self.parameters()):  # there is none at an update
+            nn.utils.clip_grad_value_(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("by", ["lightning", "torch"])
+def test_clipping_in_a_hook_of_the_module_equals_the_trainers(by):
+    results = []
+    for module, arguments in (
+        (small(), {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+        (OwnClipping(by), {"gradient_clip_algorithm": "value"}),
+    ):
+        module.load_state_dict(small().state_dict())
+        rigl = RigLCallback(0.8, schedule=UpdateSchedule(every=6), seed=0)
+        updates = Updates(rigl)
+        trainer(rigl, updates, **arguments).fit(module, data())
+        assert len(updates.steps) == 4
+        results.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 class Manual(Small):
     """Clips between the last backward and the step; accumulates by hand."""
 

@@ -222,3 +222,18 @@ class TestAdditionalEpoch:
         straight, resumed = self.run(keep=keep), self.run(resume=tmp_path / "epoch=2.ckpt")
         assert same(straight.module.state_dict(), resumed.module.state_dict())
         assert resumed.trainer.global_step == 41
+
+
+@each_average
+def test_what_another_hook_saves_at_an_update_has_the_zeros(average, tmp_path):
+    """After the update and before the end of its batch."""
+
+    class Save(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    Run(average, rigl_first=True, keep=Save())
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 40
+    for file in files:
+        assert strays(torch.load(file, weights_only=True)["state_dict"], load_masks(file)) == 0

@@ -144,11 +144,14 @@ class TestOnExceptionCheckpoint:
         rescued = self.interrupt(tmp_path, "optimizer step", 0, True, sparse(method, **first))
         assert same(straight, self.resume(rescued, True, sparse(method, **first)))
 
-    @pytest.mark.parametrize("method", [None, "rigl"])
+    @pytest.mark.parametrize("end", [None, 12, 0.9])
     @pytest.mark.parametrize("place", ["training step", "optimizer step", "batch end"])
-    def test_in_manual_optimization(self, place, method, tmp_path):
+    def test_in_manual_optimization(self, place, end, tmp_path):
+        """Dense, with an end in steps, and with one in the trainer's progress."""
+
         def new():
-            return [sparse(method)] if method else []
+            schedule = UpdateSchedule(every=2, end=end, drop_fraction=0.5) if end else None
+            return [sparse("rigl", schedule=schedule)] if end else []
 
         straight = run(tmp_path, *new(), module=Manual())
         rescued = self.interrupt(tmp_path / "again", place, 3, True, *new(), module=Manual())

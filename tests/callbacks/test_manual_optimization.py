@@ -1,10 +1,12 @@
 """Several optimizers that the user steps: own steps, one end, and resuming."""
 
+import copy
 import math
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -292,3 +294,57 @@ def test_steps_that_go_past_the_hooks_are_noticed():
         trainer(rigl).fit(module, data())
     for name, mask in rigl.masks.items():
         assert (module.get_parameter(name)[~mask] == 0).all()
+
+
+class TwoHeads(pl.LightningModule):
+    """One encoder, trained by both of two optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder, self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, head in zip(self.optimizers(), (self.a, self.b), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(head(self.encoder(batch[0])), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([*self.encoder.parameters(), *h.parameters()], 0.1) for h in (self.a, self.b)]
+
+
+def test_a_layer_of_two_optimizers_is_refused_before_the_model_changes():
+    module = TwoHeads()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(MisconfigurationException, match=r"encoder\.weight belongs to the optimizers 0 and 1"):
+        trainer(RigLCallback(0.5)).fit(module, data())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    rigl = RigLCallback(0.5, "static")
+    trainer(rigl).fit(module, data())
+    assert all((module.get_parameter(name)[~mask] == 0).all() for name, mask in rigl.masks.items())
+
+
+@pytest.mark.parametrize("place", ["training_step", "on_train_batch_end"])
+def test_a_checkpoint_made_before_our_own_batch_end_counts_the_step(place, tmp_path):
+    """A callback that stands before ours, or the module itself, saves after the optimizer's step."""
+
+    class Saving(GAN):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            if place == "training_step":
+                save(self.trainer)
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if place == "on_train_batch_end":
+                save(trainer)
+
+    def save(trainer):
+        trainer.save_checkpoint(tmp_path / f"{len(list(tmp_path.iterdir()))}.ckpt")
+
+    rigl = RigLCallback(0.6, schedule=UpdateSchedule(every=3, end=30))
+    trainer(Save(), rigl, max_epochs=1).fit(Saving(), data())
+    for batches, file in enumerate(sorted(tmp_path.iterdir(), key=lambda f: int(f.stem)), start=1):
+        steps = torch.load(file, weights_only=True)["callbacks"]["RigLCallback"]["steps"]
+        assert steps[0] == batches

@@ -312,6 +312,14 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match=f"does not run with {name}"):
             RigLCallback().setup(fit, small(), "fit")
 
+    def test_xla(self):
+        class SingleDeviceXLAStrategy(pl.strategies.SingleDeviceStrategy):
+            """As Lightning's, which needs torch_xla; its name is what is looked at."""
+
+        strategy = SingleDeviceXLAStrategy(torch.device("cpu"))
+        with pytest.raises(MisconfigurationException, match=r"does not run with .*XLA.*ddp.*FSDP2"):
+            trainer(RigLCallback(), strategy=strategy).fit(small(), data())
+
     def test_a_pattern_that_matches_nothing_leaves_the_weights(self):
         module = small()
         before = weights(module)

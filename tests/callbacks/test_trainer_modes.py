@@ -302,3 +302,16 @@ class TestASecondFit:
         assert same(module.state_dict(), expected.state_dict())
         assert same(rigl.masks, alone.masks)
         assert same(weights, old.state_dict())
+
+
+def test_a_training_that_is_made_longer_while_it_runs_goes_on():
+    class Longer(pl.Callback):
+        def on_train_start(self, trainer, module):
+            trainer.fit_loop.max_epochs = 6
+
+        def on_train_epoch_end(self, trainer, module):
+            norms.append(float(module.net[0].weight.norm()))
+
+    norms = []
+    trainer(RigLCallback(0.8), Longer(), max_epochs=3).fit(small(), data())
+    assert len(set(norms)) == 6

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import multiprocessing, nn
 from torch.multiprocessing import ProcessRaisedException
@@ -22,6 +23,7 @@ from tests.distributed.problems import (
     equal,
     finish,
     fit,
+    sgd,
     sharded_sgd,
     shares,
     torchrun,
@@ -286,3 +288,21 @@ class TestTheParentProcess:
         assert equal(load_masks(path).values(), again.masks.values())
         with pytest.warns(UserWarning, match=r"trained before \(net\.0\.weight has \d+ zeros\)"):
             trainer(RigLCallback(0.8, schedule=SCHEDULE)).fit(module, shares(1))
+
+    def test_masks_of_an_earlier_fit(self, strategy, tmp_path):
+        """They are not those of the weights that came back, and are neither shown, saved nor trained with."""
+        module, rigl = small(optimizer=sgd, dtype=torch.float64), RigLCallback(0.8, schedule=SCHEDULE)
+        run = trainer(rigl, max_epochs=2)
+        run.fit(module, data(dtype=torch.float64))
+        arguments = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+        trainer(rigl, max_epochs=5, **arguments).fit(module, data(dtype=torch.float64))
+        trained = weights(module)
+        for use in (
+            lambda: rigl.masks,
+            rigl.summary,
+            lambda: run.save_checkpoint(tmp_path / "run.ckpt"),
+            lambda: trainer(rigl, max_epochs=1).fit(module, data(dtype=torch.float64)),
+        ):
+            with pytest.raises(MisconfigurationException, match=r"init=<checkpoint>"):
+                use()
+        assert equal(trained, weights(module))

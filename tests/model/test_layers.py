@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_rigl import Sparsifier, UpdateSchedule
-from lightning_rigl.model.layers import clean_name, frozen, select
+from lightning_rigl.model.layers import clean_name, frozen, named_parameters, select
 
 
 class Everything(nn.Module):
@@ -138,3 +138,19 @@ def test_odd_parameters_train_sparse(kind):
             assert int(sparsifier.masks[name].sum()) == counts[name]
     assert sparsifier.updates == 5
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_what_a_parallel_wrapper_calls_module_is_no_part_of_a_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.DataParallel(nn.Sequential(nn.Linear(4, 4)))  # a "module" of the user's own
+            self.other = nn.DataParallel(nn.DataParallel(nn.Linear(4, 4)))
+
+    assert list(named_parameters(nn.DataParallel(Two()))) == [
+        "module.0.weight",
+        "module.0.bias",
+        "other.weight",
+        "other.bias",
+    ]
+    assert list(select(nn.DataParallel(Two()), exclude=["other"])) == ["module.0.weight"]
