@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +26,11 @@ from torch import Tensor, nn
 
 from lightning_rigl import RigLCallback, Sparsifier, UpdateSchedule
 from machine import describe, store
-from resnet50 import resnet50
+
+# the examples are not installed with the package
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from paper_networks import ResNet50
 
 # updates are switched on, but none falls into the steps that are timed
 ORDINARY = UpdateSchedule(every=1_000_000, end=2_000_000)
@@ -136,7 +142,7 @@ def masking(
 
 def update(rounds: int) -> dict[str, Any]:
     """One update of all layers beside two full topk passes, in turns."""
-    model = resnet50()
+    model = ResNet50()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     sparsifier = Sparsifier(model, 0.9, schedule=UpdateSchedule(every=1, begin=0, end=10_000), seed=0)
     sparsifier.start()
@@ -193,7 +199,7 @@ def main() -> None:
         "command": "python benchmarks/overhead.py",
         "machine": describe(),
         "masking_lenet_300_100_batch_128": masking(lenet, digits, steps=400, rounds=15),
-        "masking_resnet50_batch_16_224px": masking(resnet50, images, steps=arguments.steps, rounds=5),
+        "masking_resnet50_batch_16_224px": masking(ResNet50, images, steps=arguments.steps, rounds=5),
         "update_resnet50": update(rounds=7),
     }
     for name, value in result.items():

@@ -13,6 +13,8 @@ except ModuleNotFoundError as error:
 
 from lightning_rigl.callbacks.flops import FLOPsCallback
 from lightning_rigl.callbacks.rigl import RigLCallback
+from lightning_rigl.flops.plan import FLOPsPlan
+from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
 from lightning_rigl.flops.report import FLOPsReport
 from lightning_rigl.methods.base import Connections, Method
 from lightning_rigl.methods.rigl import RigL
@@ -31,6 +33,7 @@ __all__ = [
     "Connections",
     "Distribution",
     "FLOPsCallback",
+    "FLOPsPlan",
     "FLOPsReport",
     "Method",
     "Pattern",
@@ -43,4 +46,7 @@ __all__ = [
     "Unstructured",
     "UpdateSchedule",
     "load_masks",
+    "plan_flops",
+    "sparsity_for_ratio",
+    "steps_for_budget",
 ]

@@ -7,7 +7,7 @@ and the loss are not counted (appendix H of the paper).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -16,44 +16,73 @@ Convention = Literal["2mac", "official"]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What the products of one parameter cost per sample and forward pass.
+    """What the products of one parameter, or of a slice of one, cost per sample.
 
     Args:
         name: the cleaned parameter name.
         shape: the parameter's shape.
-        forward: FLOPs of the dense layer, two per multiply-add.
+        forward: FLOPs of the dense forward pass, two per multiply-add.
         outputs: elements of the layer's output.
+        input_gradient: FLOPs of the gradients of the inputs that autograd really computes: none for the first
+            layer of a model.
+        weight_gradient: FLOPs of the weight's gradient; none for a frozen weight.
+        recompute: FLOPs of forward products that activation checkpointing repeats.
+        start: first element of the slice, in the flattened parameter.
+        stop: the element after its last; None for the whole parameter.
+        partner: key of the other factor, where both are parameters (``B @ A`` of LoRA).
+        partner_numel: its size.
     """
 
     name: str
     shape: tuple[int, ...]
     forward: int
     outputs: int
+    input_gradient: int = 0
+    weight_gradient: int = 0
+    recompute: int = 0
+    start: int = 0
+    stop: int | None = None
+    partner: str = ""
+    partner_numel: int = 1
 
     @property
     def numel(self) -> int:
-        """Connections of the dense layer."""
-        return math.prod(self.shape)
+        """Connections of the dense layer, or of the slice."""
+        return (math.prod(self.shape) if self.stop is None else self.stop) - self.start
 
-    def flops(self, active: int, convention: Convention = "2mac") -> int:
-        """FLOPs per sample and forward pass with ``active`` connections: f = forward * active / numel.
+    @property
+    def key(self) -> str:
+        """The name, and which elements if not all: ``attn.in_proj_weight[0:4096]``."""
+        return self.name if self.stop is None else f"{self.name}[{self.start}:{self.stop}]"
 
-        Args:
-            active: number of active connections, in [0, numel].
-            convention: ``official`` adds one FLOP per output element, whatever is active.
+    def active(self, counts: Mapping[str, int]) -> int:
+        """Active connections: as counted for the slice, else its share of those of the parameter."""
+        if self.key in counts:
+            return counts[self.key]
+        if self.name in counts:
+            return counts[self.name] * self.numel // max(math.prod(self.shape), 1)
+        return self.numel
+
+    def scaled(self, flops: int, counts: Mapping[str, int]) -> int:
+        """FLOPs of a dense product at these counts: flops * active / numel, rounded down, for each factor.
 
         Raises:
-            ValueError: ``active`` is outside its range.
+            ValueError: a count outside [0, numel].
 
         Example:
             >>> layer = LayerCost("conv.weight", (16, 3, 3, 3), forward=884736, outputs=16384)
-            >>> layer.flops(432), layer.flops(43), layer.flops(43, "official")
-            (884736, 88064, 104448)
+            >>> layer.scaled(layer.forward, {}), layer.scaled(layer.forward, {"conv.weight": 43})
+            (884736, 88064)
         """
+        active = self.active(counts)
         if not 0 <= active <= self.numel:
-            raise ValueError(f"{self.name}: {active} active of {self.numel} connections")
-        extra = self.outputs if convention == "official" else 0
-        return self.forward * active // max(self.numel, 1) + extra
+            raise ValueError(f"{self.key}: {active} active of {self.numel} connections")
+        flops = flops * active // max(self.numel, 1)
+        return flops * counts.get(self.partner, self.partner_numel) // max(self.partner_numel, 1)
+
+    def forward_flops(self, counts: Mapping[str, int], convention: Convention = "2mac") -> int:
+        """FLOPs per sample and forward pass; ``official`` adds one per output element, whatever is active."""
+        return self.scaled(self.forward, counts) + (self.outputs if convention == "official" else 0)
 
 
 @dataclass(frozen=True)
@@ -61,25 +90,29 @@ class CostTable:
     """The measured cost of one model.
 
     Args:
-        layers: one entry per parameter that takes part in a product, in the order of first use.
+        layers: one entry per parameter, or slice of one, that takes part in a product.
         other: FLOPs per sample of products without a parameter, such as attention scores; never scaled.
         unknown: operators that read a weight without being a product, as ``"aten.mul (layer.weight)"``.
+        other_gradient: FLOPs of the gradients of products without a parameter.
+        other_recompute: FLOPs of such products that activation checkpointing repeats.
     """
 
     layers: tuple[LayerCost, ...]
     other: int = 0
     unknown: tuple[str, ...] = ()
+    other_gradient: int = 0
+    other_recompute: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Only dicts, lists, strings and ints, so that a checkpoint loads with ``weights_only=True``."""
         layers = [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers]
-        return {"layers": layers, "other": self.other, "unknown": list(self.unknown)}
+        return {**asdict(self), "layers": layers, "unknown": list(self.unknown)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> CostTable:
         """The table whose `state_dict` this is."""
         layers = tuple(LayerCost(**{**row, "shape": tuple(row["shape"])}) for row in state["layers"])
-        return cls(layers, state["other"], tuple(state["unknown"]))
+        return cls(**{**state, "layers": layers, "unknown": tuple(state["unknown"])})
 
 
 def check_convention(name: str) -> None:
@@ -103,7 +136,7 @@ def forward_cost(
 
     Args:
         table: the measured cost of the model.
-        counts: active connections by parameter name; a parameter that is not named is dense.
+        counts: active connections by parameter name, or by the key of a slice; what is not named is dense.
         convention: ``2mac`` counts two FLOPs per multiply-add; ``official`` adds one FLOP per output element
             of each layer, as the paper's own counter does.
 
@@ -118,10 +151,34 @@ def forward_cost(
         >>> forward_cost(table), forward_cost(table, {"fc.weight": 50}, "official")
         (2064, 174)
     """
-    active = counts or {}
-    return table.other + sum(
-        layer.flops(active.get(layer.name, layer.numel), convention) for layer in table.layers
-    )
+    return table.other + sum(layer.forward_flops(counts or {}, convention) for layer in table.layers)
+
+
+def actual_step_cost(
+    table: CostTable, counts: Mapping[str, int] | None = None, dense_gradient: bool = False
+) -> int:
+    """FLOPs per sample of the products that autograd really runs in one training step.
+
+    That is the forward pass, the gradients of inputs that need one (the first layer's does not), those of
+    weights that are trained, and what activation checkpointing computes again. Two FLOPs a multiply-add.
+
+    Args:
+        table: the measured cost of the model.
+        counts: as for `forward_cost`.
+        dense_gradient: whether the gradient of inactive connections is computed too.
+
+    Example:
+        >>> first = LayerCost("1.weight", (300, 784), 470400, 300, 0, 470400)
+        >>> second = LayerCost("2.weight", (10, 300), 6000, 10, 6000, 6000)
+        >>> actual_step_cost(CostTable((first, second)))
+        958800
+    """
+    counts = counts or {}
+    total = table.other + table.other_gradient + table.other_recompute
+    for layer in table.layers:
+        total += layer.scaled(layer.forward + layer.input_gradient + layer.recompute, counts)
+        total += layer.weight_gradient if dense_gradient else layer.scaled(layer.weight_gradient, counts)
+    return total
 
 
 def step_cost(forward: int, forward_dense: int, dense_gradient: bool) -> int:
@@ -146,13 +203,68 @@ def step_cost(forward: int, forward_dense: int, dense_gradient: bool) -> int:
 
 
 @dataclass(frozen=True)
+class SampleCost:
+    """What one sample costs at some counts.
+
+    Args:
+        forward: f_S, the sparse forward pass.
+        forward_dense: f_D, the same of the dense model.
+        actual: one training step, the products that autograd runs (`actual_step_cost`).
+        actual_update: the same with the gradient of every connection.
+    """
+
+    forward: int
+    forward_dense: int
+    actual: int = 0
+    actual_update: int = 0
+
+    @property
+    def extra(self) -> int:
+        """What the gradient of inactive connections costs, f_D - f_S."""
+        return self.forward_dense - self.forward
+
+    @property
+    def actual_extra(self) -> int:
+        """The same of the products that autograd runs."""
+        return self.actual_update - self.actual
+
+
+def sample_cost(table: CostTable, counts: Mapping[str, int], convention: Convention = "2mac") -> SampleCost:
+    """What one sample costs at these counts."""
+    return SampleCost(
+        forward_cost(table, counts, convention),
+        forward_cost(table, {}, convention),
+        actual_step_cost(table, counts),
+        actual_step_cost(table, counts, dense_gradient=True),
+    )
+
+
+def sample_cost_of(table: CostTable, counts: Mapping[str, int], names: Collection[str]) -> SampleCost:
+    """What the products of some parameters cost per sample: their part of what the table costs.
+
+    Args:
+        table: the measured cost of the model.
+        counts: as for `forward_cost`.
+        names: parameter names, for instance those of one optimizer of several.
+
+    Example:
+        >>> layers = (LayerCost("a.weight", (10, 100), 2000, 10), LayerCost("b.weight", (5, 10), 100, 5))
+        >>> sample_cost_of(CostTable(layers, other=64), {"b.weight": 10}, {"b.weight"}).extra
+        80
+    """
+    return sample_cost(CostTable(tuple(layer for layer in table.layers if layer.name in names)), counts)
+
+
+@dataclass(frozen=True)
 class RunCost:
     """What training has cost so far; each step gives the next value.
 
     Args:
-        train: FLOPs of all samples so far.
+        train: FLOPs of all samples so far, by the paper's rule: 3 f_S a step, 2 f_S + f_D at an update.
         train_dense: what the dense model would have cost for them, 3 f_D each.
-        pending: samples of the accumulation window that is still open.
+        train_actual: FLOPs of the products that autograd ran for them.
+        pending: what the open accumulation window would cost more, should it end with an update.
+        pending_actual: the same of ``train_actual``.
 
     Reference:
         Evci et al., ICML 2020, arXiv:1911.11134, app. H; counted by the real schedule instead of the mean
@@ -161,40 +273,49 @@ class RunCost:
     Example:
         Two micro-batches of 8 samples, then a topology update that reads the dense gradient of both:
 
-        >>> run = RunCost().after(8, 100, 1000, gradient="at_updates", updated=False, stepped=False)
-        >>> run
-        RunCost(train=2400, train_dense=24000, pending=8)
-        >>> run.after(8, 100, 1000, gradient="at_updates", updated=True, stepped=True)
-        RunCost(train=19200, train_dense=48000, pending=0)
+        >>> run = RunCost().after(8, SampleCost(100, 1000), gradient="at_updates", stepped=False)
+        >>> run.train, run.train_dense
+        (2400, 24000)
+        >>> run = run.after(8, SampleCost(100, 1000), gradient="at_updates", updated=True)
+        >>> run.train, run.train_dense
+        (19200, 48000)
     """
 
     train: int = 0
     train_dense: int = 0
+    train_actual: int = 0
     pending: int = 0
+    pending_actual: int = 0
 
     def after(
         self,
         samples: int,
-        forward: int,
-        forward_dense: int,
+        cost: SampleCost,
         *,
         gradient: Literal["never", "at_updates", "every_step"] = "never",
         updated: bool = False,
         stepped: bool = True,
+        part: SampleCost | None = None,
     ) -> RunCost:
         """The cost after one more batch.
 
         Args:
             samples: samples in the batch.
-            forward: f_S during the batch, FLOPs per sample.
-            forward_dense: f_D.
+            cost: what each costs.
             gradient: when the method reads the gradient of inactive connections.
             updated: whether the batch ended with a topology update.
             stepped: whether it ended with an optimizer step, or an update in its place.
+            part: what the layers cost whose gradient the update needs, where those are not all: the layers of
+                one optimizer of several, see `sample_cost_of`.
         """
-        pending = self.pending + samples
-        train = self.train + samples * step_cost(forward, forward_dense, gradient == "every_step")
-        if updated and gradient == "at_updates":
-            train += pending * (forward_dense - forward)  # the whole window was booked at 3 f_S
-        dense = self.train_dense + samples * step_cost(forward_dense, forward_dense, True)
-        return RunCost(train, dense, 0 if stepped else pending)
+        always = gradient == "every_step"
+        pending = self.pending + samples * cost.extra
+        pending_actual = self.pending_actual + samples * cost.actual_extra
+        train = self.train + samples * step_cost(cost.forward, cost.forward_dense, always)
+        actual = self.train_actual + samples * (cost.actual_update if always else cost.actual)
+        if updated and gradient == "at_updates":  # the whole window was booked as ordinary
+            train += pending if part is None else pending * part.extra // max(cost.extra, 1)
+            whole = max(cost.actual_extra, 1)
+            actual += pending_actual if part is None else pending_actual * part.actual_extra // whole
+        dense = self.train_dense + samples * 3 * cost.forward_dense
+        return RunCost(train, dense, actual, *((0, 0) if stepped else (pending, pending_actual)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_rigl.flops.formulas import Convention, CostTable
+from lightning_rigl.flops.formulas import Convention, CostTable, RunCost, forward_cost
 from lightning_rigl.topology.tables import Table
 
 if TYPE_CHECKING:
@@ -30,19 +30,21 @@ class FLOPsReport:
     """What a model costs now and what its training has cost so far.
 
     Args:
-        layers: one row per parameter.
+        layers: one row per parameter, or per slice that has products of its own.
         other: FLOPs per sample of products without a parameter.
-        train: FLOPs of training so far, on this device.
-        train_dense: what the dense model would have cost for the same samples.
-        convention: how FLOPs are counted, see `forward_cost`.
+        run: the totals of training so far, on this device.
+        convention: how FLOPs are counted, see `forward_cost`; ``train_actual`` is always in multiply-adds.
         unknown: operators that read a weight and are not counted.
+        inference: FLOPs per sample of ``validation_step`` in evaluation mode; None if not measured.
+        all_devices: ``train`` of all devices, at the last epoch end of a distributed run.
 
     Example:
-        >>> from lightning_rigl.flops.formulas import LayerCost
-        >>> table = CostTable((LayerCost("fc.weight", (10, 100), forward=2000, outputs=10),), other=64)
-        >>> print(report(table, {"fc.weight": 50}, train=4920, train_dense=61920))
+        >>> from lightning_rigl.flops.formulas import LayerCost, sample_cost
+        >>> table = CostTable((LayerCost("fc.weight", (10, 100), 2000, 10, 0, 2000),), other=64)
+        >>> run = RunCost().after(10, sample_cost(table, {"fc.weight": 50}))
+        >>> print(report(table, {"fc.weight": 50}, run))
         FLOPs per sample and forward pass (2mac: FLOP = one multiply or one add)
-        training so far: 4,920 of 61,920 FLOPs if dense (0.0795)
+        training so far: 4,920 of 61,920 FLOPs if dense (0.0795); really run: 2,640
         layer            shape  active  forward  dense   ratio
         fc.weight       10x100      50      100  2,000  0.0500
         (no parameter)                       64     64  1.0000
@@ -52,10 +54,26 @@ class FLOPsReport:
 
     layers: tuple[LayerFLOPs, ...]
     other: int
-    train: int
-    train_dense: int
+    run: RunCost
     convention: Convention = "2mac"
     unknown: tuple[str, ...] = ()
+    inference: int | None = None
+    all_devices: int | None = None
+
+    @property
+    def train(self) -> int:
+        """FLOPs of training so far on this device, by the paper's rule: backward = 2 x forward."""
+        return self.run.train
+
+    @property
+    def train_dense(self) -> int:
+        """What the dense model would have cost for the same samples."""
+        return self.run.train_dense
+
+    @property
+    def train_actual(self) -> int:
+        """FLOPs of the products that autograd really ran."""
+        return self.run.train_actual
 
     @property
     def forward(self) -> int:
@@ -83,15 +101,23 @@ class FLOPsReport:
         if self.other:
             rows.append(_cells("(no parameter)", (), None, self.other, self.other))
         active = sum(row.active for row in self.layers)
+        columns = ("layer", "shape", "active", "forward", "dense", "ratio")
+        total = _cells("total", (), active, self.forward, self.forward_dense)
+        return Table("\n".join(self._title()), columns, tuple(rows), total)
+
+    def _title(self) -> list[str]:
         train = f"{self.train:,} of {self.train_dense:,} FLOPs if dense ({self.train_ratio:.4f})"
         title = [
             f"FLOPs per sample and forward pass ({self.convention}: FLOP = one multiply or one add)",
-            f"training so far: {train}",
-            *([f"not counted: {', '.join(self.unknown)}"] if self.unknown else []),
+            f"training so far: {train}; really run: {self.train_actual:,}",
         ]
-        columns = ("layer", "shape", "active", "forward", "dense", "ratio")
-        total = _cells("total", (), active, self.forward, self.forward_dense)
-        return Table("\n".join(title), columns, tuple(rows), total)
+        if self.all_devices is not None:
+            title.append(f"training so far, all devices, at the last epoch end: {self.all_devices:,}")
+        if self.inference is not None and self.inference != self.forward:
+            title.append(f"validation step in evaluation mode: {self.inference:,} per sample")
+        if self.unknown:
+            title.append(f"not counted: {', '.join(self.unknown)}")
+        return title
 
     def __str__(self) -> str:
         return str(self.table())
@@ -103,17 +129,19 @@ class FLOPsReport:
 def report(
     table: CostTable,
     counts: Mapping[str, int],
-    train: int,
-    train_dense: int,
+    run: RunCost,
     convention: Convention = "2mac",
+    inference: CostTable | None = None,
+    all_devices: int | None = None,
 ) -> FLOPsReport:
     """The cost of each layer at these active counts, beside the totals of training."""
     layers = []
     for layer in table.layers:
-        active = counts.get(layer.name, layer.numel)
-        sparse, dense = (layer.flops(count, convention) for count in (active, layer.numel))
-        layers.append(LayerFLOPs(layer.name, layer.shape, active, layer.numel, sparse, dense))
-    return FLOPsReport(tuple(layers), table.other, train, train_dense, convention, table.unknown)
+        sparse, dense = (layer.forward_flops(at, convention) for at in (counts, {}))
+        active = layer.active(counts)
+        layers.append(LayerFLOPs(layer.key, layer.shape, active, layer.numel, sparse, dense))
+    evaluated = None if inference is None else forward_cost(inference, counts, convention)
+    return FLOPsReport(tuple(layers), table.other, run, convention, table.unknown, evaluated, all_devices)
 
 
 def ratio(sparse: int, dense: int) -> float:

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl.flops.formulas import CostTable, LayerCost
+from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
+from lightning_rigl.flops.products import COPIES, JOINS, PRODUCTS, UNCOUNTED, Args, Product
 
-M = TypeVar("M", bound=nn.Module)
-Args = Sequence[Any]
+
+@dataclass
+class _Sum:
+    """Multiply-adds of the products that share their parameters."""
+
+    forward: int = 0
+    outputs: int = 0
+    input_gradient: int = 0
+    weight_gradient: int = 0
+    recompute: int = 0
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
-    """Counts the products of the forward passes that run inside it, each under the parameter it consumes.
+    """Counts the products of the training steps that run inside it, each under the parameters it consumes.
 
-    A product is a matrix product, a convolution of any kind or fused attention. Its parameter is found by
-    memory, so views, transposes and casts (autocast), functional use, tied and shared weights are followed; a
-    product that consumes none is booked under ``other``. Another operator that reads a parameter of two or
-    more dimensions is listed in ``unknown``, unless it is a lookup, a norm or element-wise work on the
-    activations (a positional embedding, a scale per channel), which FLOP counts leave out.
+    A product is a matrix product, a convolution of any kind, fused attention or a fused recurrent layer. Its
+    parameter, or the slice of one, is found by memory: through views, transposes, casts (autocast),
+    arithmetic with other parameters and buffers (``w * mask``, weight norm), joining, functional use and
+    ties. A product of two parameters is scaled by both; one of none is booked apart and never scaled. Another
+    operator that reads a parameter of two or more dimensions is listed in ``unknown``, unless it is a norm, a
+    reduction, or a lookup or element-wise work that makes activations, which FLOP counts leave out.
 
-    The backward pass and recomputation inside it are not counted. With gradients disabled, only what reads
-    a trainable parameter or an activation that requires a gradient is: a custom autograd function and a
-    reentrant checkpoint run their forward like that, and so does a teacher, whose weights are usually frozen.
+    Two rules: attention counts the whole square, whatever a causal mask leaves out, and a bilinear layer is
+    its first input times the weight, then times the second.
+
+    Which gradients autograd will compute is seen from what requires one, in the forward pass; of the backward
+    pass itself only what activation checkpointing repeats is counted (a gradient of a gradient is taken for
+    that too). With gradients disabled, only what reads a trainable parameter or an activation that requires a
+    gradient is counted: a custom autograd function and a reentrant checkpoint run their forward like that,
+    and so does a teacher, whose weights are usually frozen. Nothing in inference mode is.
 
     Args:
-        parameters: name -> parameter. A product with two parameters counts for the second operand.
+        parameters: name -> parameter. A product with two parameters is a row of the second operand's.
+        buffers: tensors that are no activations, such as masks.
+        inference: count with gradients disabled and in inference mode too.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(100, 10), nn.ReLU(), nn.Linear(10, 4))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(100, 10), torch.nn.ReLU(), torch.nn.Linear(10, 4))
         >>> with Tracer(dict(net.named_parameters())) as tracer:
         ...     _ = net(torch.zeros(32, 100))
-        >>> [(layer.name, layer.forward) for layer in tracer.table(samples=32).layers]
-        [('0.weight', 2000), ('2.weight', 80)]
+        >>> [(layer.name, layer.forward, layer.input_gradient) for layer in tracer.table(samples=32).layers]
+        [('0.weight', 2000, 0), ('2.weight', 80, 80)]
 
     Reference:
         Evci et al., *Rigging the Lottery: Making All Tickets Winners*, ICML 2020, arXiv:1911.11134, app. H.
@@ -50,14 +68,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
 
     supports_higher_order_operators = True  # without it such an operator would raise inside the mode
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], buffers: Iterable[Tensor] = (), inference: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        # Weak references: they keep no memory alive, and yet a key is not reused for another storage.
-        self._owners = {key: name for name, p in parameters.items() for key in _storage(p)}
-        self._live: set[StorageWeakRef] = set()
-        self._macs: dict[str | None, int] = {}
-        self._outputs: dict[str | None, int] = {}
+        self._memory = ParameterMemory(parameters, buffers)
+        trained = (parameter for parameter in parameters.values() if parameter.requires_grad)
+        self._live = {key for parameter in trained for key in storage_of(parameter)}
+        self._doubts: dict[StorageWeakRef, list[str]] = {}  # operators that may have hidden a weight
+        self._inference = inference
+        self._sums: dict[tuple[Slice | None, Slice | None], _Sum] = {}
         self._unknown: dict[str, None] = {}
         self._restore = ExitStack()
 
@@ -72,14 +93,40 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         """
         if samples < 1:
             raise ValueError(f"samples: at least 1 must have gone through the model, got {samples}")
-        layers = tuple(
-            LayerCost(
-                name, shape, _share(2 * self._macs[name], samples), _share(self._outputs[name], samples)
-            )
-            for name, shape in self._shapes.items()
-            if name in self._macs
+        places = {name: place for place, name in enumerate(self._shapes)}
+        rows = sorted(
+            ((own, partner, s) for (own, partner), s in self._sums.items() if own),
+            key=lambda row: (places[row[0].name], *row[0][1:], str(row[1])),
         )
-        return CostTable(layers, _share(2 * self._macs.get(None, 0), samples), tuple(self._unknown))
+        none = self._sums.get((None, None), _Sum())
+        return CostTable(
+            tuple(self._layer(own, partner, products, samples) for own, partner, products in rows),
+            _share(2 * none.forward, samples),
+            tuple(self._unknown),
+            _share(2 * none.input_gradient, samples),
+            _share(2 * none.recompute, samples),
+        )
+
+    def _layer(self, own: Slice, partner: Slice | None, products: _Sum, samples: int) -> LayerCost:
+        shape = self._shapes[own.name]
+        whole = own.stop - own.start == math.prod(shape)
+        return LayerCost(
+            own.name,
+            shape,
+            _share(2 * products.forward, samples),
+            _share(products.outputs, samples),
+            _share(2 * products.input_gradient, samples),
+            _share(2 * products.weight_gradient, samples),
+            _share(2 * products.recompute, samples),
+            start=own.start,
+            stop=None if whole else own.stop,
+            partner=self._key(partner) if partner else "",
+            partner_numel=partner.stop - partner.start if partner else 1,
+        )
+
+    def _key(self, own: Slice) -> str:
+        whole = own.stop - own.start == math.prod(self._shapes[own.name])
+        return own.name if whole else f"{own.name}[{own.start}:{own.stop}]"
 
     def __enter__(self) -> Tracer:
         # Compiled code and the fused encoder would hide their products; both are put back on exit.
@@ -105,144 +152,118 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         self, func: Any, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = str(getattr(func, "overloadpacket", func))  # a higher-order operator has no overloads
+        if torch.is_inference_mode_enabled() and name not in PRODUCTS and isinstance(func, OpOverload):
+            out = self._decompose(func, args, kwargs)  # in this mode alone operators come whole
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        if torch._C._current_autograd_node() is None:  # None outside of a backward pass
-            name = str(getattr(func, "overloadpacket", func))  # a higher-order operator has no overloads
+        backward = torch._C._current_autograd_node() is not None  # None outside of a backward pass
+        if not backward or torch.is_grad_enabled():  # inside one: what a checkpoint repeats
             try:
-                self._book(name, func, [*args, *kwargs.values()], out)
+                self._book(name, func, [*args, *kwargs.values()], out, backward)
             except Exception as error:  # a tensor of an exotic kind must not break the step that is measured
                 self._unknown[f"{name} ({type(error).__name__})"] = None
         return out
 
-    def _book(self, name: str, func: Any, args: Args, out: Any) -> None:
-        inputs, outputs = list(_tensors(args)), list(_tensors([out]))
+    def _decompose(self, func: OpOverload[Any, Any], args: Args, kwargs: dict[str, Any]) -> Any:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _book(self, name: str, func: Any, args: Args, out: Any, again: bool) -> None:
+        inputs, outputs = list(tensors_of(args)), list(tensors_of([out]))
         if isinstance(func, HigherOrderOperator):
             self._unknown[name] = None  # what it does inside stays hidden
-        elif name in _COPIES and (owner := self._owner(inputs[0])) is not None:
-            self._owners.update((key, owner) for o in outputs for key in _storage(o))
-        elif not self._has_gradient(inputs, outputs):
             return
-        elif name in _PRODUCTS:
-            operands, macs = _PRODUCTS[name](args, outputs[0])
-            owner = next((n for o in reversed(operands) if (n := self._owner(o)) is not None), None)
-            self._macs[owner] = self._macs.get(owner, 0) + int(macs)
-            self._outputs[owner] = self._outputs.get(owner, 0) + outputs[0].numel()
-        elif torch.is_grad_enabled() and name not in _UNCOUNTED:
-            pointwise = torch.Tag.pointwise in func.tags
-            self._unknown |= {f"{name} ({w})": None for w in self._read(name, pointwise, inputs, outputs)}
+        counted = self._is_counted(inputs, outputs)
+        if self._memory.follow(name, func, args, inputs, outputs) or not counted:
+            return
+        if name in PRODUCTS:
+            for product in PRODUCTS[name](args, outputs[0]):
+                self._multiply(product, again)
+        elif torch.is_grad_enabled() or self._inference:
+            self._doubt(name, func, inputs, outputs)
 
-    def _owner(self, tensor: Tensor) -> str | None:
-        return next((self._owners[key] for key in _storage(tensor) if key in self._owners), None)
+    def _multiply(self, product: Product, again: bool) -> None:
+        """Book one product under the parameters among its operands."""
+        pieces = [self._memory.find(o[0]) if len(o) == 1 else None for o in product.operands]
+        own = 1 if pieces[1] else 0
+        weight, partner = pieces[own], pieces[0] if own else None
+        macs, (first, second) = product.macs, self._gradients(product)
+        if weight is None:
+            self._add((None, None), _Sum(macs, 0, first + second), again)
+            hidden = (key for operand in product.operands for o in operand for key in storage_of(o))
+            self._unknown |= {report: None for key in hidden for report in self._doubts.get(key, ())}
+            return
+        gradients = (first, second) if own else (second, first)
+        total = sum(s.stop - s.start for s in weight.slices) or 1
+        for part in weight.slices:
+            share = part.stop - part.start
+            values = (macs, product.outputs, *gradients)
+            sums = _Sum(*(value * share // total for value in values))
+            self._add((part, partner.slices[0] if partner else None), sums, again)
 
-    def _has_gradient(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        if torch.is_grad_enabled():
+    def _gradients(self, product: Product) -> tuple[int, int]:
+        """Multiply-adds of the gradients of the two operands that autograd will compute."""
+        constant = all(self._memory.is_constant(o) for operand in product.operands for o in operand)
+        if constant and not torch.is_grad_enabled():
+            return 0, 0  # such as the power iteration of a spectral norm
+        first, second = (any(self._is_live(o) for o in operand) for operand in product.operands)
+        return product.macs * first, product.macs * second
+
+    def _add(self, key: tuple[Slice | None, Slice | None], products: _Sum, again: bool) -> None:
+        total = self._sums.setdefault(key, _Sum())
+        if again:
+            total.recompute += products.forward
+            return
+        total.forward += products.forward
+        total.outputs += products.outputs
+        total.input_gradient += products.input_gradient
+        total.weight_gradient += products.weight_gradient
+
+    def _is_live(self, tensor: Tensor) -> bool:
+        """Whether autograd will ask for the tensor's gradient."""
+        if tensor.requires_grad or torch.is_grad_enabled():
+            return tensor.requires_grad
+        return not self._live.isdisjoint(storage_of(tensor))
+
+    def _is_counted(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Whether an operator takes part in the training step; with gradients disabled, what follows too."""
+        if self._inference or torch.is_grad_enabled():
             return True
-        live = any(t.requires_grad or not self._live.isdisjoint(_storage(t)) for t in inputs)
+        if torch.is_inference_mode_enabled():
+            return False
+        live = any(self._is_live(t) for t in inputs)
         if live:
-            self._live.update(key for o in outputs for key in _storage(o))
+            self._live |= {key for o in outputs if not self._memory.find(o) for key in storage_of(o)}
         return live
 
-    def _read(self, name: str, pointwise: bool, inputs: list[Tensor], outputs: list[Tensor]) -> Iterator[str]:
-        """The weights whose values this operator computes with."""
-        if not outputs or any(self._owner(o) is not None for o in outputs):
+    def _doubt(self, name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Report the weights whose values an operator computes with.
+
+        After element-wise work or a lookup the result may be a weight (``w * mask``) or an activation
+        (``x + position``): it is reported once a product with no other weight follows.
+        """
+        if not outputs or any(self._memory.find(o) for o in outputs):
             return  # a question about a tensor; a view of a parameter, or a write into one
-        owned = [(t, owner) for t in inputs if (owner := self._owner(t)) is not None]
-        if name in ("aten.cat", "aten.stack") and len(owned) < len(inputs):
-            return  # a class token joins the activations
-        for tensor, owner in owned:
-            broadcast = pointwise and outputs[0].numel() > tensor.numel()
-            if len(self._shapes[owner]) > 1 and not broadcast:
-                yield owner
-
-
-def meta_copy(module: M, memo: Mapping[int, Any] | None = None) -> M:
-    """A copy of a module whose tensors have shapes but no values: no weight is copied.
-
-    Ties between parameters and ``requires_grad`` are kept; the original is not touched.
-
-    Args:
-        module: any module.
-        memo: what to put in place of some objects, by ``id``, as for `copy.deepcopy`.
-
-    Raises:
-        Exception: whatever `copy.deepcopy` raises for an attribute that cannot be copied.
-
-    Example:
-        >>> meta_copy(nn.Linear(3, 2)).weight
-        Parameter containing:
-        tensor(..., device='meta', size=(2, 3), requires_grad=True)
-    """
-    attributes = (value for m in module.modules() for value in vars(m).values())
-    tensors = (*module.parameters(), *module.buffers(), *(a for a in attributes if isinstance(a, Tensor)))
-    return copy.deepcopy(module, {**(memo or {}), **{id(t): to_meta(t) for t in tensors}})
-
-
-def to_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same type, shape and ``requires_grad`` without values."""
-    meta = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(meta, tensor.requires_grad)
-    return meta.requires_grad_(tensor.requires_grad)
-
-
-def _matmul(args: Args, out: Tensor) -> tuple[list[Tensor], int]:
-    a, b = args[:2]
-    return [a, b], out.numel() * a.shape[-1]
-
-
-def _addmm(args: Args, out: Tensor) -> tuple[list[Tensor], int]:
-    return _matmul(args[1:], out)
-
-
-def _convolution(args: Args, out: Tensor) -> tuple[list[Tensor], int]:
-    # Each output element, or each input element of a transposed convolution, meets one filter.
-    x, weight, transposed = args[0], args[1], args[6]
-    points = x if transposed else out
-    return [x, weight], points.numel() * math.prod(weight.shape[1:])
-
-
-def _attention(args: Args, out: Tensor) -> tuple[list[Tensor], int]:
-    # (..., queries, width) x (..., keys, width), then the scores x (..., keys, width of the values).
-    query, key, value = args[:3]
-    rows = query.numel() // max(query.shape[-1], 1)
-    return [], rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-# By name: not every version of torch has every operator.
-_PRODUCTS: dict[str, Callable[[Args, Tensor], tuple[list[Tensor], int]]] = {
-    **dict.fromkeys(("aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot"), _matmul),
-    **dict.fromkeys(("aten.matmul", "aten.linear", "aten._scaled_mm"), _matmul),
-    **dict.fromkeys(("aten.addmm", "aten.baddbmm", "aten.addmv"), _addmm),
-    **dict.fromkeys(("aten.convolution", "aten._convolution", "aten.convolution_overrideable"), _convolution),
-    "aten._scaled_dot_product_flash_attention": _attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten._scaled_dot_product_efficient_attention": _attention,
-    "aten._scaled_dot_product_cudnn_attention": _attention,
-    "aten._scaled_dot_product_fused_attention_overrideable": _attention,
-}
-_COPIES = {"aten._to_copy", "aten.clone", "aten.repeat", "aten.lift_fresh"}
-_UNCOUNTED = {
-    *("aten.embedding", "aten.embedding_bag", "aten._embedding_bag"),
-    *("aten.index", "aten.index_select", "aten.gather"),
-    *("aten.native_layer_norm", "aten._fused_rms_norm"),
-    *(f"aten.{fill}_like" for fill in ("empty", "zeros", "ones", "full", "rand", "randn", "bernoulli")),
-    *(f"aten.new_{fill}" for fill in ("empty", "zeros", "ones", "full", "empty_strided")),
-}
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _storage(tensor: Tensor) -> tuple[StorageWeakRef, ...]:
-    """The memory of a tensor as a dictionary key; nothing for layouts that have no single storage."""
-    if tensor.layout != torch.strided:
-        return ()
-    return (StorageWeakRef(tensor.untyped_storage()),)  # type: ignore[no-untyped-call]
+        pointwise = torch.Tag.pointwise in func.tags
+        elementwise = pointwise or name in COPIES | JOINS
+        reports: list[str] = []
+        for tensor in inputs:
+            piece = self._memory.find(tensor)
+            if piece is None:
+                before = (self._doubts.get(key, ()) for key in storage_of(tensor) if elementwise)
+                reports += (report for each in before for report in each)
+            elif not (pointwise and outputs[0].numel() > tensor.numel()) and name not in UNCOUNTED:
+                names = dict.fromkeys(part.name for part in piece.slices)
+                reports += (f"{name} ({w})" for w in names if len(self._shapes[w]) > 1)
+        if elementwise:
+            self._doubts |= {key: reports for o in outputs for key in storage_of(o) if reports}
+        else:
+            self._unknown |= dict.fromkeys(reports)
 
 
 def _share(total: int, samples: int) -> int:

@@ -73,3 +73,12 @@ def _same(number: int, device: torch.device) -> bool:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     largest, smallest = extremes.tolist()
     return bool(largest == -smallest)
+
+
+def total(number: int, device: torch.device) -> int:
+    """The sum of a number of any size over the processes, exact; one small collective."""
+    if not together():
+        return number
+    limbs = torch.tensor([(number >> shift) & 0x7FFFFFFF for shift in range(0, 186, 31)], device=device)
+    dist.all_reduce(limbs)
+    return sum(limb << shift for limb, shift in zip(limbs.tolist(), range(0, 186, 31), strict=True))

@@ -1,0 +1,212 @@
+"""What a step costs: known, measured on a copy without values, or else by watching the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lightning_rigl.callbacks.dry_run import measure_copy
+from lightning_rigl.flops.formulas import Convention, CostTable, SampleCost, sample_cost, sample_cost_of
+from lightning_rigl.flops.tracer import Tracer
+from lightning_rigl.model import sharding
+from lightning_rigl.model.layers import named_parameters
+from lightning_rigl.model.sparsifier import Sparsifier
+
+
+class Meter:
+    """Knows what a sample costs, for each kind of batch that it has met.
+
+    Attributes:
+        counts: active connections, by the name of a parameter and by the key of a slice.
+        inference: the cost of the first validation batch, in evaluation mode; None if unknown.
+    """
+
+    def __init__(self, convention: Convention) -> None:
+        self.convention: Convention = convention
+        self.counts: dict[str, int] = {}
+        self.inference: CostTable | None = None
+        self._known: dict[str, CostTable] = {}  # by what a batch looks like
+        self._kind = ""  # of the last training batch
+        self._trained = ""  # which parameters are
+        self._costs: dict[str, SampleCost] = {}  # at these counts
+        self._version: object = None  # of what was counted
+        self._validated = False
+        self._tracer: Tracer | None = None
+        self._watching = ExitStack()  # holds the tracer while a real step is watched
+        self._empty = 0  # measurements that saw no product
+        self._said: set[str] = set()
+
+    @property
+    def table(self) -> CostTable | None:
+        """The cost of the last training batch; None before the first."""
+        return self._known.get(self._kind)
+
+    @property
+    def cost(self) -> SampleCost:
+        """What a sample of the last training batch costs at the counts; 0 before the first."""
+        if self._kind not in self._costs:
+            table = self.table or CostTable(())
+            self._costs[self._kind] = sample_cost(table, self.counts, self.convention)
+        return self._costs[self._kind]
+
+    def cost_of(self, names: Collection[str]) -> SampleCost:
+        """The part that the products of these parameters have in it."""
+        return sample_cost_of(self.table or CostTable(()), self.counts, names)
+
+    def fits(self, module: LightningModule) -> bool:
+        """Whether what is known is of a model with these layers; shards are flat and not compared."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(module).items()}
+        return all(
+            layer.name in shapes and (shapes[layer.name] == layer.shape or len(shapes[layer.name]) == 1)
+            for layer in (self.table.layers if self.table else ())
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was measured; what is being watched stays here."""
+        return {**vars(self), "_tracer": None, "_watching": ExitStack()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured last and counted, in plain types."""
+        table = self.table.state_dict() if self.table else None
+        return {"kind": self._kind, "table": table, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know again what `state_dict` holds, in a new meter."""
+        self._kind, self.counts = state["kind"], dict(state["counts"])
+        if state["table"]:
+            self._known[self._kind] = CostTable.from_state_dict(state["table"])
+
+    def open(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Know the cost of this batch: remembered, measured on a copy, or soon watched."""
+        if batch_idx == 0 or not self._trained:
+            self._trained = (
+                f"{int('1' + ''.join(str(int(p.requires_grad)) for p in module.parameters()), 2):x}"
+            )
+        if batch is None and self.table:
+            return  # the step draws its own batch
+        samples = self.samples(batch)
+        if (kind := self._kind_of(batch, samples)) in self._known:
+            self._kind = kind
+        elif not self._accept(measure_copy(trainer, module, batch, batch_idx, samples), kind):
+            self._watch(module)
+
+    def pause(self) -> None:
+        """Watch no longer; what was seen is taken later."""
+        self._watching.close()
+
+    def stop(self) -> Tracer | None:
+        """Watch no longer; returns what was seen."""
+        self._watching.close()
+        tracer, self._tracer = self._tracer, None
+        return tracer
+
+    def close(self, batch: Any) -> int:
+        """The step of this batch is over; take what was watched. Returns its number of samples."""
+        tracer, samples = self.stop(), self.samples(batch)
+        kind = self._kind_of(batch, samples)
+        if tracer is not None and samples:
+            self._empty += not self._accept(tracer.table(samples), kind)
+        self._kind = kind if kind in self._known else self._kind
+        return samples
+
+    def count(self, sparsifier: Sparsifier | None) -> None:
+        """Take the active connections as they are now, of slices too where a product uses one."""
+        counts = dict(sparsifier.counts) if sparsifier else {}
+        tables = (*self._known.values(), *((self.inference,) if self.inference else ()))
+        version = dict(counts), sparsifier.updates if sparsifier else 0, len(tables)
+        if version == self._version:
+            return
+        self._version = version
+        for part in (layer for table in tables for layer in table.layers if layer.stop is not None):
+            layer = sparsifier.layers.get(part.name) if sparsifier else None
+            if layer is not None and part.key not in counts and not sharding.is_sharded(layer.mask):
+                counts[part.key] = int(layer.mask.view(-1)[part.start : part.stop].count_nonzero())
+        if counts != self.counts:
+            self.counts, self._costs = counts, {}
+        self._warn(sparsifier.layers if sparsifier else ())
+
+    def open_inference(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure ``validation_step`` once, on a copy in evaluation mode, or else soon watch the real one."""
+        if not self._validated:
+            self._validated, samples = True, self.samples(batch)
+            self.inference = measure_copy(trainer, module, batch, batch_idx, samples, "validation_step")
+            if self.inference is None:
+                self._watch(module, inference=True)
+
+    def close_inference(self, batch: Any) -> None:
+        """The validation of this batch is over; take what was watched."""
+        tracer, samples = self.stop(), self.samples(batch)
+        if tracer is not None and samples:
+            self.inference = tracer.table(samples)
+
+    def _watch(self, module: LightningModule, inference: bool = False) -> None:
+        self._watching.close()
+        tracer = Tracer(named_parameters(module), module.buffers(), inference)
+        self._tracer = self._watching.enter_context(tracer)
+
+    def samples(self, batch: Any) -> int:
+        """The size of a batch, as Lightning sees it."""
+        if batch is None:
+            return 0
+        try:
+            return extract_batch_size(batch)
+        except (MisconfigurationException, RecursionError) as error:
+            self._say(f"a batch of type {type(batch).__name__} counts as one sample: {error}")
+            return 1
+
+    def _kind_of(self, batch: Any, samples: int) -> str:
+        return f"{self._trained} {signature(batch, samples)}"
+
+    def _warn(self, sparse: Collection[str]) -> None:
+        """Say what the measurement did not see, of operators and of sparse layers."""
+        if self.table is None:
+            return
+        if unknown := self.table.unknown:
+            self._say(
+                f"not counted are the operators {_few(unknown)}; a product with their result counts as one "
+                "without a parameter, at full density"
+            )
+        if unseen := sorted({*sparse} - {layer.name for layer in self.table.layers}):
+            self._say(
+                f"no product with {_few(unseen)} was seen (FSDP hides them): what these layers cost is "
+                "counted at full density, or they took no part"
+            )
+
+    def _say(self, message: str) -> None:
+        """A warning, once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"FLOPsCallback: {message}")
+
+    def _accept(self, table: CostTable | None, kind: str) -> bool:
+        """Take a measurement, unless it saw no product: such a batch is no example of those to come."""
+        if table is None or (self._empty < 10 and not table.layers and not table.other):
+            return False
+        if not table.layers and not table.other:
+            self._say("the first batches ran no product; the FLOPs of this model are 0")
+        self._known[kind], self._kind = table, kind
+        return True
+
+
+def signature(batch: Any, samples: int) -> str:
+    """Form, shapes, types and flags of a batch, but for its size: batches that share them cost the same."""
+    leaves, form = tree_flatten(batch)
+
+    def look(leaf: Any) -> object:
+        if isinstance(leaf, Tensor):
+            return (*leaf.shape[leaf.shape[:1] == (samples,) :], str(leaf.dtype))
+        return leaf if isinstance(leaf, bool) else type(leaf).__name__
+
+    return f"{form} {[look(leaf) for leaf in leaves]}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

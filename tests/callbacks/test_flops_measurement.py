@@ -1,0 +1,217 @@
+"""How FLOPsCallback measures: each kind of batch once, on a copy without values or else on the real step."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from lightning_rigl import FLOPsCallback
+from tests.callbacks.flops_modules import EVERY_KIND, ON_A_COPY, ON_A_REAL_STEP, ByHand, Item
+from tests.callbacks.flops_problems import F_D, Attends, Manual, Silent, batches, fit, measurements, rigl
+from tests.callbacks.problems import Small, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:RigLCallback. (training has|no topology update)")
+
+
+@pytest.mark.parametrize("model", EVERY_KIND)
+def test_the_model_is_measured_once_on_a_copy_or_else_on_the_real_step(model, monkeypatch):
+    made, counter = measurements(monkeypatch), FLOPsCallback()
+    fit(counter, module=model(), max_epochs=2)
+    on_a_copy = [True] if model in ON_A_COPY else [True, False]
+    assert made == ([False] if model in ON_A_REAL_STEP else on_a_copy)
+    report = counter.report()
+    assert (report.train, report.unknown, report.other) == (40 * 3 * F_D, (), 0)
+    assert report.train_actual == 40 * 2 * (2 * 384 + 3 * 96)
+
+
+@pytest.mark.parametrize("base", [Item, ByHand])
+def test_the_products_of_an_optimizer_are_not_counted(base):
+    class WithMuon(base):
+        def configure_optimizers(self):
+            return torch.optim.Muon([p for p in self.parameters() if p.dim() == 2], 0.01)
+
+    counter = FLOPsCallback()
+    fit(counter, module=WithMuon())
+    assert (counter.report().other, counter.report().train) == (0, 20 * 3 * F_D)
+    assert counter.report().train_actual == 20 * 2 * (2 * 384 + 3 * 96)
+
+
+class Checkpointed(Silent):
+    reentrant = False
+
+    def forward(self, x):
+        x = x.requires_grad_() if self.reentrant else x
+        return self.net[2](checkpoint(self.net[:2], x, use_reentrant=self.reentrant))
+
+
+class CheckpointedByHand(Checkpointed, Manual):
+    pass
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("base", [Checkpointed, CheckpointedByHand])
+def test_what_activation_checkpointing_repeats_is_in_train_actual(base, reentrant, monkeypatch):
+    made, counter, module = measurements(monkeypatch), FLOPsCallback(), base()
+    module.reentrant = reentrant
+    fit(counter, module=module)
+    assert made == [base is Checkpointed]
+    assert counter.report().train == 20 * 3 * F_D
+    # twice the first layer, and its input's gradient where the input asks for one
+    assert counter.report().train_actual == 20 * 2 * ((3 + reentrant) * 384 + 3 * 96)
+
+
+class Sequences(Silent):
+    """Attention over a sequence: its scores grow with the square of the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+
+class Images(Silent):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+
+def encoder(length):
+    return 2 * (length * (3 * 16 * 16 + 16 * 16 + 2 * 16 * 24) + 2 * length * length * 16)
+
+
+def convolution(size):
+    return 2 * (4 * 3 * 9 * (size - 2) ** 2 + 8)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize(
+    ("model", "shape", "cost"),
+    [(Sequences, lambda n: (n, 16), encoder), (Images, lambda n: (3, n, n), convolution)],
+)
+def test_each_shape_of_a_batch_is_measured_on_first_sight_and_each_size_of_it_is_the_same(
+    model, shape, cost, real, monkeypatch
+):
+    class Real(model):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * (loss.item() > 0)
+
+    made, counter = measurements(monkeypatch), FLOPsCallback()
+    kinds = [(8, 5), (8, 9), (8, 5), (3, 9), (8, 6), (1, 5)]  # samples, length
+    loader = DataLoader([torch.randn(samples, *shape(n)) for samples, n in kinds], batch_size=None)
+    fit(counter, module=Real() if real else model(), loader=loader, max_epochs=2)
+    assert made == ([True, False] * 3 if real else [True] * 3)
+    assert counter.report().train == 2 * sum(3 * samples * cost(n) for samples, n in kinds)
+
+
+class TestInference:
+    class Auxiliary(Small):
+        """A second head in training, a dropout that hides nothing, and no head at all in validation."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(24, 4)
+
+        def forward(self, x):
+            hidden = self.net[:2](x)
+            return self.net[2](hidden) + (self.head(hidden) if self.training else 0)
+
+        def validation_step(self, batch, batch_idx):
+            assert not self.net[0].training
+            return super().validation_step(batch, batch_idx)
+
+    class Reads(Auxiliary):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            assert self.trainer.validating or self.trainer.sanity_checking
+            super().validation_step(batch, batch_idx)
+
+    class TwoLoaders(Auxiliary):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            super().validation_step(batch, batch_idx)
+
+    @pytest.mark.parametrize("model", [Auxiliary, Reads, TwoLoaders])
+    def test_it_is_what_a_validation_step_runs_in_evaluation_mode_measured_once(self, model, monkeypatch):
+        made, counter, sparse = measurements(monkeypatch), FLOPsCallback(), rigl(every=1)
+        loaders = [batches(8), batches(4)]
+        run = trainer(counter, sparse, max_epochs=3)
+        run.fit(model(), batches(8, 8), loaders[0] if model is self.Auxiliary else loaders)
+        assert made == ([True, False, True] if model is self.Reads else [True, True])
+        counts = sparse.sparsifier.counts
+        report = counter.report()
+        assert report.inference == 2 * (counts["net.0.weight"] + counts["net.2.weight"])
+        assert report.forward == report.inference + 2 * counts["head.weight"]
+        assert f"validation step in evaluation mode: {report.inference} per sample" in str(report)
+
+
+class TestWarnings:
+    @pytest.mark.parametrize("base", [Silent, Manual])
+    def test_an_operator_that_is_not_counted_is_named_once(self, base):
+        class Masked(base):
+            def forward(self, x):
+                hidden = self.net[:2](x)
+                return linear(hidden, self.net[2].weight * torch.ones_like(hidden[:4]))
+
+        counter = FLOPsCallback()
+        with pytest.warns(UserWarning, match=r"not counted.*aten\.mul \(net\.2\.weight\)") as record:
+            fit(counter, module=Masked(), max_epochs=2)
+        assert sum("not counted" in str(warning.message) for warning in record) == 1
+        assert counter.report().unknown == ("aten.mul (net.2.weight)",)
+        assert counter.report().other == 2 * 96
+
+    def test_a_sparse_layer_that_takes_no_part_is_named(self):
+        module = Attends()
+        module.idle = nn.Linear(8, 8)
+        with pytest.warns(UserWarning, match="no product with") as record:
+            fit(FLOPsCallback(), rigl(every=1), module=module, max_epochs=2)
+        said = [str(warning.message) for warning in record if "no product" in str(warning.message)]
+        assert len(said) == 1
+        assert "no product with idle.weight was seen" in said[0]
+
+    def test_a_batch_of_unknown_size_counts_as_one_sample(self):
+        class Bag:
+            """A batch that no one can look into."""
+
+            def __init__(self, batch):
+                self.batch, self.uses = batch, 0
+
+        class Bags(Silent):
+            def training_step(self, batch, batch_idx):
+                batch.uses += 1
+                return super().training_step(batch.batch, batch_idx)
+
+        counter, bags = FLOPsCallback(), [Bag(batch) for batch in batches(8, 8, 8)]
+        with pytest.warns(UserWarning, match="type Bag counts as one sample") as record:
+            fit(counter, module=Bags(), loader=DataLoader(bags, batch_size=None))
+        assert sum("one sample" in str(warning.message) for warning in record) == 1
+        assert [bag.uses for bag in bags] == [1, 1, 1]  # none was shown to a copy of the module
+        assert counter.report().forward == 8 * F_D  # the first batch held 8
+        assert counter.report().train == 3 * 3 * 8 * F_D
+
+
+class TestBatchesWithoutAProduct:
+    def test_empty_batches_and_batches_that_are_none_cost_nothing(self):
+        class Careful(Silent):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) if len(batch[0]) else None
+
+        counter, empty = FLOPsCallback(), (torch.zeros(0, 16), torch.zeros(0, dtype=torch.long))
+        loader = [empty, *batches(8), None, empty, *batches(8)]
+        fit(counter, module=Careful(), loader=DataLoader(loader, batch_size=None))
+        assert counter.report().train == 16 * 3 * F_D
+
+    def test_a_first_batch_without_one_is_not_taken_for_the_model(self):
+        class Late(Silent):
+            def training_step(self, batch, batch_idx):
+                late = self.global_step == 0 and batch_idx == 0
+                return None if late else super().training_step(batch, batch_idx)
+
+        counter = FLOPsCallback()
+        fit(counter, module=Late())
+        assert counter.report().forward_dense == F_D
