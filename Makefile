@@ -29,8 +29,9 @@ types: .venv/.installed
 docs: .venv/.installed
 	$(BIN)/mkdocs build --strict
 
-bench: .venv/.installed  ## the cost of masking and of one update, stored under benchmarks/results
+bench: .venv/.installed  ## the cost of masking, of one update and of counting, stored under benchmarks/results
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/flops.py
 
 mnist: .venv/.installed  ## LeNet-300-100 at 98 %: make mnist DATA_DIR=folder-with-mnist.npz (under an hour)
 	$(BIN)/python benchmarks/mnist.py --data-dir $(DATA_DIR)
