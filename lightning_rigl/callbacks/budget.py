@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sized
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -50,15 +51,16 @@ class Budget:
         """Nothing is known of the batches."""
         self._samples = 0  # in the largest batch so far, on this device
         self._dense = 0  # FLOPs of the costliest so far, in one forward pass of the dense model
-        self._unit = 0  # the same of a sample that a multiple is counted by
+        self._unit = 0, 1  # the same that a multiple is counted by, and of how many samples
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to stop at the same step."""
-        return {"samples": self._samples, "dense": self._dense, "unit": self._unit}
+        return {"samples": self._samples, "dense": self._dense, "unit": list(self._unit)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self._samples, self._dense, self._unit = state["samples"], state["dense"], state["unit"]
+        self._samples, self._dense, (flops, samples) = state["samples"], state["dense"], state["unit"]
+        self._unit = flops, samples
 
     def set_up(self, trainer: Trainer) -> None:
         """A fit begins; its length in epochs is as the user gave it, before a callback adds to it."""
@@ -68,7 +70,7 @@ class Budget:
     def refuse_too_little(self, trainer: Trainer, samples: int, meter: Meter) -> None:
         """Raise MisconfigurationException if the budget does not pay for the first step, which begins."""
         batches = min(trainer.accumulate_grad_batches, trainer.num_training_batches)
-        first = int(batches * samples * trainer.world_size) * 3 * meter.cost.forward
+        first = 3 * meter.cost.of(int(batches * samples * trainer.world_size)).forward
         if self._flops is not None and first > self._flops:
             raise MisconfigurationException(
                 f"FLOPsCallback(budget={self.amount!r}): the first optimizer step costs {first:.4g} FLOPs; "
@@ -93,9 +95,9 @@ class Budget:
             )
 
     def note(self, samples: int, forward_dense: int) -> None:
-        """A batch has been trained on: its samples, and what each costs the dense model."""
+        """A batch has been trained on: its samples, and what one forward pass costs the dense model."""
         self._samples = max(self._samples, samples)
-        self._dense = max(self._dense, samples * forward_dense)
+        self._dense = max(self._dense, forward_dense)
 
     def check(self, trainer: Trainer, spent: int, meter: Meter, rigl: RigLCallback | None) -> None:
         """Stop the training if its next step costs more than is left; all processes ask together.
@@ -131,12 +133,13 @@ class Budget:
         if length is None:
             self._is_new = False
             return
-        unit = self._unit or meter.cost.forward_dense
-        dense = 3 * unit * _planned_samples(trainer, length, self._samples)
-        if dense := sharding.total(dense, trainer.strategy.root_device):  # else nothing is measured yet
+        unit = self._unit if self._unit[0] else (meter.cost.forward_dense, meter.cost.samples)
+        samples = _planned_samples(trainer, length, self._samples)
+        dense = sharding.total(3 * unit[0] * samples // unit[1], trainer.strategy.root_device)
+        if dense:  # else nothing is measured yet
             self._is_new, self._unit = False, unit
             self._flops = budget_in_flops(self.amount, dense, steps=1)
-            self._foresee(trainer, meter, sparsifier, length, dense // (3 * unit))
+            self._foresee(trainer, meter, sparsifier, length, dense * unit[1] // (3 * unit[0]))
 
     def _foresee(
         self, trainer: Trainer, meter: Meter, sparsifier: Sparsifier | None, length: int, samples: int

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_rigl.callbacks.budget import Budget
 from lightning_rigl.callbacks.meter import Meter
@@ -121,11 +122,17 @@ class FLOPsCallback(Callback):
         if pl_module.automatic_optimization:
             self._meter.pause()
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note which optimizer makes a step."""
+        self._meter.step(trainer, optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the cost of the step."""
-        samples, sparsifier = self._meter.close(batch), _sparsifier(trainer)
+        samples, sparsifier = self._meter.close(trainer, pl_module, batch, batch_idx), _sparsifier(trainer)
         if trainer.fit_loop._skip_backward:
             return  # an epoch that SWA adds for the statistics of its average
         steps, last = self._before
@@ -142,7 +149,7 @@ class FLOPsCallback(Callback):
         if self._meter.table is not None:
             log_step(trainer, pl_module, self._levels, event=bool(updated))
         if self._budget:
-            self._budget.note(samples, self._meter.cost.forward_dense)
+            self._budget.note(samples, self._meter.cost.of(samples).forward_dense)
             if trainer.global_step != steps:
                 self._budget.check(trainer, self._run.train, self._meter, _rigl(trainer))
 
@@ -216,7 +223,7 @@ class FLOPsCallback(Callback):
     def _levels(self, epoch: bool = False) -> dict[str, float]:
         cost, run = self._meter.cost, self._run
         levels = {
-            "flops/forward": cost.forward,
+            "flops/forward": cost.forward / cost.samples,
             "flops/forward_ratio": ratio(cost.forward, cost.forward_dense),
             "flops/train": run.train,
             "flops/train_ratio": ratio(run.train, run.train_dense),

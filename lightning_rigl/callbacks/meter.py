@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
 from lightning_rigl.callbacks.dry_run import measure_copy
@@ -19,6 +20,9 @@ from lightning_rigl.flops.tracer import Tracer
 from lightning_rigl.model import sharding
 from lightning_rigl.model.layers import named_parameters
 from lightning_rigl.model.sparsifier import Sparsifier
+
+WATCHED = 16  # batches of manual optimization: a second optimizer may make a step in every fifth only
+MANY = 100
 
 
 class Meter:
@@ -35,7 +39,10 @@ class Meter:
         self.inference: CostTable | None = None
         self._known: dict[str, CostTable] = {}  # by what a batch looks like
         self._kind = ""  # of the last training batch
-        self._trained = ""  # which parameters are
+        self._parameters: list[Tensor] = []
+        self._trained: tuple[bool, ...] = ()  # which of them are
+        self._stepped: list[int] = []  # the optimizers that made a step in this batch, by their index
+        self._watched: dict[str, int] = {}  # batches that were watched in manual optimization, by their form
         self._costs: dict[str, SampleCost] = {}  # at these counts
         self._version: object = None  # of what was counted
         self._validated = False
@@ -51,7 +58,7 @@ class Meter:
 
     @property
     def cost(self) -> SampleCost:
-        """What a sample of the last training batch costs at the counts; 0 before the first."""
+        """What the last training batch costs at the counts, or each of its samples; 0 before the first."""
         if self._kind not in self._costs:
             table = self.table or CostTable(())
             self._costs[self._kind] = sample_cost(table, self.counts, self.convention)
@@ -71,7 +78,7 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What was measured; what is being watched stays here."""
-        return {**vars(self), "_tracer": None, "_watching": ExitStack()}
+        return {**vars(self), "_tracer": None, "_watching": ExitStack(), "_parameters": []}
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured last and counted, in plain types."""
@@ -86,17 +93,29 @@ class Meter:
 
     def open(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Know the cost of this batch: remembered, measured on a copy, or soon watched."""
-        if batch_idx == 0 or not self._trained:
-            self._trained = (
-                f"{int('1' + ''.join(str(int(p.requires_grad)) for p in module.parameters()), 2):x}"
-            )
+        if batch_idx == 0 or not self._parameters:
+            self._parameters = list(module.parameters())
+        self._look()
+        self._stepped = []
         if batch is None and self.table:
             return  # the step draws its own batch
-        samples = self.samples(batch)
-        if (kind := self._kind_of(batch, samples)) in self._known:
-            self._kind = kind
-        elif not self._accept(measure_copy(trainer, module, batch, batch_idx, samples), kind):
+        form = self._form_of(batch)
+        if not module.automatic_optimization:
+            if self._watched.get(form, 0) < WATCHED:
+                self._watch(module)
+        elif form in self._known:
+            self._kind = form
+        elif not self._accept(measure_copy(trainer, module, batch, batch_idx, self.samples(batch)), form):
             self._watch(module)
+
+    def step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """An optimizer begins a step; in manual optimization a batch costs what those that do so cost."""
+        if not trainer.lightning_module.automatic_optimization:
+            self._stepped += (i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+            if tracer := self._tracer:
+                tracer.optimizes = True
+                hook = optimizer.register_step_post_hook(lambda *_: setattr(tracer, "optimizes", False))
+                self._watching.callback(hook.remove)
 
     def pause(self) -> None:
         """Watch no longer; what was seen is taken later."""
@@ -108,12 +127,23 @@ class Meter:
         tracer, self._tracer = self._tracer, None
         return tracer
 
-    def close(self, batch: Any) -> int:
+    def close(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> int:
         """The step of this batch is over; take what was watched. Returns its number of samples."""
         tracer, samples = self.stop(), self.samples(batch)
-        kind = self._kind_of(batch, samples)
+        if self._look() and tracer is None and module.automatic_optimization:  # the module froze a parameter
+            self.open(trainer, module, batch, batch_idx)
+            self.stop()  # where it takes a real step to see, the next one is watched
+        form = self._form_of(batch)
+        kind = f"{form} {self._stepped}" if self._stepped else form
         if tracer is not None and samples:
             self._empty += not self._accept(tracer.table(samples), kind)
+            self._watched[form] = self._watched.get(form, 0) + 1
+        elif form in self._watched and kind not in self._known:
+            self._say(
+                f"for the first time optimizers {self._stepped} made the steps of a batch; it counts as the "
+                "batch before, and the next ones are watched"
+            )
+            self._watched[form] = 0
         self._kind = kind if kind in self._known else self._kind
         return samples
 
@@ -162,8 +192,14 @@ class Meter:
             self._say(f"a batch of type {type(batch).__name__} counts as one sample: {error}")
             return 1
 
-    def _kind_of(self, batch: Any, samples: int) -> str:
-        return f"{self._trained} {signature(batch, samples)}"
+    def _look(self) -> bool:
+        """Note which parameters are trained; whether that has changed."""
+        before, self._trained = self._trained, tuple(p.requires_grad for p in self._parameters)
+        return self._trained != before
+
+    def _form_of(self, batch: Any) -> str:
+        """What the cost of a batch depends on: its form and which parameters are trained."""
+        return f"{int(''.join('01'[trained] for trained in (True, *self._trained)), 2):x} {signature(batch)}"
 
     def _warn(self, sparse: Collection[str]) -> None:
         """Say what the measurement did not see, of operators and of sparse layers."""
@@ -193,16 +229,20 @@ class Meter:
         if not table.layers and not table.other:
             self._say("the first batches ran no product; the FLOPs of this model are 0")
         self._known[kind], self._kind = table, kind
+        if len(self._known) == MANY:
+            self._say(
+                f"{MANY} kinds of batches so far, each was measured; padding to fewer sizes spares that"
+            )
         return True
 
 
-def signature(batch: Any, samples: int) -> str:
-    """Form, shapes, types and flags of a batch, but for its size: batches that share them cost the same."""
+def signature(batch: Any) -> str:
+    """Form, shapes, types and flags of a batch: batches that share them cost the same."""
     leaves, form = tree_flatten(batch)
 
     def look(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
-            return (*leaf.shape[leaf.shape[:1] == (samples,) :], str(leaf.dtype))
+            return (*leaf.shape, str(leaf.dtype))
         return leaf if isinstance(leaf, bool) else type(leaf).__name__
 
     return f"{form} {[look(leaf) for leaf in leaves]}"

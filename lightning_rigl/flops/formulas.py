@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Convention = Literal["2mac", "official"]
+# The fields that grow with the number of samples.
+OF_A_LAYER = "forward", "outputs", "input_gradient", "weight_gradient", "recompute", "no_gradient"
+OF_NO_LAYER = "other", "other_gradient", "other_recompute", "other_no_gradient"
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class LayerCost:
             layer of a model.
         weight_gradient: FLOPs of the weight's gradient; none for a frozen weight.
         recompute: FLOPs of forward products that activation checkpointing repeats.
+        no_gradient: FLOPs of forward products with gradients disabled: a teacher, a generator's samples.
         start: first element of the slice, in the flattened parameter.
         stop: the element after its last; None for the whole parameter.
         partner: key of the other factor, where both are parameters (``B @ A`` of LoRA).
         partner_numel: its size.
+        filled: whether the products have an operand without zeros, whatever is active: a sum of parameters.
     """
 
     name: str
@@ -40,10 +45,12 @@ class LayerCost:
     input_gradient: int = 0
     weight_gradient: int = 0
     recompute: int = 0
+    no_gradient: int = 0
     start: int = 0
     stop: int | None = None
     partner: str = ""
     partner_numel: int = 1
+    filled: bool = False
 
     @property
     def numel(self) -> int:
@@ -57,6 +64,8 @@ class LayerCost:
 
     def active(self, counts: Mapping[str, int]) -> int:
         """Active connections: as counted for the slice, else its share of those of the parameter."""
+        if self.filled:
+            return self.numel
         if self.key in counts:
             return counts[self.key]
         if self.name in counts:
@@ -91,10 +100,12 @@ class CostTable:
 
     Args:
         layers: one entry per parameter, or slice of one, that takes part in a product.
-        other: FLOPs per sample of products without a parameter, such as attention scores; never scaled.
+        other: FLOPs of products without a parameter, such as attention scores; never scaled.
         unknown: operators that read a weight without being a product, as ``"aten.mul (layer.weight)"``.
         other_gradient: FLOPs of the gradients of products without a parameter.
         other_recompute: FLOPs of such products that activation checkpointing repeats.
+        other_no_gradient: FLOPs of such products with gradients disabled.
+        samples: how many samples cost this together: 1, unless a cost is not a whole number per sample.
     """
 
     layers: tuple[LayerCost, ...]
@@ -102,6 +113,24 @@ class CostTable:
     unknown: tuple[str, ...] = ()
     other_gradient: int = 0
     other_recompute: int = 0
+    other_no_gradient: int = 0
+    samples: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every cost is a whole number per sample."""
+        of_layers = (getattr(layer, field) for layer in self.layers for field in OF_A_LAYER)
+        values = (*of_layers, *(getattr(self, field) for field in OF_NO_LAYER))
+        return all(value % self.samples == 0 for value in values)
+
+    def per_sample(self) -> CostTable:
+        """The costs of one sample, each rounded to the nearest."""
+
+        def shares(of: LayerCost | CostTable, fields: tuple[str, ...]) -> dict[str, Any]:
+            return {field: (getattr(of, field) + self.samples // 2) // self.samples for field in fields}
+
+        layers = tuple(replace(layer, **shares(layer, OF_A_LAYER)) for layer in self.layers)
+        return replace(self, layers=layers, samples=1, **shares(self, OF_NO_LAYER))
 
     def state_dict(self) -> dict[str, Any]:
         """Only dicts, lists, strings and ints, so that a checkpoint loads with ``weights_only=True``."""
@@ -132,7 +161,7 @@ def check_convention(name: str) -> None:
 def forward_cost(
     table: CostTable, counts: Mapping[str, int] | None = None, convention: Convention = "2mac"
 ) -> int:
-    """FLOPs of one forward pass per sample.
+    """FLOPs of one forward pass, of as many samples as the table is for: one, as a rule.
 
     Args:
         table: the measured cost of the model.
@@ -157,10 +186,11 @@ def forward_cost(
 def actual_step_cost(
     table: CostTable, counts: Mapping[str, int] | None = None, dense_gradient: bool = False
 ) -> int:
-    """FLOPs per sample of the products that autograd really runs in one training step.
+    """FLOPs of the products that really run in one training step, of as many samples as the table is for.
 
     That is the forward pass, the gradients of inputs that need one (the first layer's does not), those of
-    weights that are trained, and what activation checkpointing computes again. Two FLOPs a multiply-add.
+    weights that are trained, what activation checkpointing computes again, and forward passes with gradients
+    disabled. Two FLOPs a multiply-add.
 
     Args:
         table: the measured cost of the model.
@@ -174,9 +204,10 @@ def actual_step_cost(
         958800
     """
     counts = counts or {}
-    total = table.other + table.other_gradient + table.other_recompute
+    total = table.other + table.other_gradient + table.other_recompute + table.other_no_gradient
     for layer in table.layers:
-        total += layer.scaled(layer.forward + layer.input_gradient + layer.recompute, counts)
+        repeated = layer.recompute + layer.no_gradient
+        total += layer.scaled(layer.forward + layer.input_gradient + repeated, counts)
         total += layer.weight_gradient if dense_gradient else layer.scaled(layer.weight_gradient, counts)
     return total
 
@@ -204,19 +235,31 @@ def step_cost(forward: int, forward_dense: int, dense_gradient: bool) -> int:
 
 @dataclass(frozen=True)
 class SampleCost:
-    """What one sample costs at some counts.
+    """What one sample, or several together, cost at some counts.
 
     Args:
         forward: f_S, the sparse forward pass.
         forward_dense: f_D, the same of the dense model.
         actual: one training step, the products that autograd runs (`actual_step_cost`).
         actual_update: the same with the gradient of every connection.
+        samples: how many samples cost this.
     """
 
     forward: int
     forward_dense: int
     actual: int = 0
     actual_update: int = 0
+    samples: int = 1
+
+    def of(self, samples: int) -> SampleCost:
+        """What another number of samples costs, in proportion; parts of a FLOP are cut off.
+
+        Example:
+            >>> SampleCost(100, 1000).of(64).forward, SampleCost(100, 1000, samples=64).of(1).forward
+            (6400, 1)
+        """
+        share = {name: value * samples // self.samples for name, value in asdict(self).items()}
+        return SampleCost(**share | {"samples": samples})
 
     @property
     def extra(self) -> int:
@@ -230,17 +273,18 @@ class SampleCost:
 
 
 def sample_cost(table: CostTable, counts: Mapping[str, int], convention: Convention = "2mac") -> SampleCost:
-    """What one sample costs at these counts."""
+    """What the samples that a table is for cost at these counts."""
     return SampleCost(
         forward_cost(table, counts, convention),
         forward_cost(table, {}, convention),
         actual_step_cost(table, counts),
         actual_step_cost(table, counts, dense_gradient=True),
+        table.samples,
     )
 
 
 def sample_cost_of(table: CostTable, counts: Mapping[str, int], names: Collection[str]) -> SampleCost:
-    """What the products of some parameters cost per sample: their part of what the table costs.
+    """What the products of some parameters cost: their part of what the table costs.
 
     Args:
         table: the measured cost of the model.
@@ -252,7 +296,8 @@ def sample_cost_of(table: CostTable, counts: Mapping[str, int], names: Collectio
         >>> sample_cost_of(CostTable(layers, other=64), {"b.weight": 10}, {"b.weight"}).extra
         80
     """
-    return sample_cost(CostTable(tuple(layer for layer in table.layers if layer.name in names)), counts)
+    layers = tuple(layer for layer in table.layers if layer.name in names)
+    return sample_cost(CostTable(layers, samples=table.samples), counts)
 
 
 @dataclass(frozen=True)
@@ -301,21 +346,22 @@ class RunCost:
 
         Args:
             samples: samples in the batch.
-            cost: what each costs.
+            cost: what each costs, or as many of them together.
             gradient: when the method reads the gradient of inactive connections.
             updated: whether the batch ended with a topology update.
             stepped: whether it ended with an optimizer step, or an update in its place.
             part: what the layers cost whose gradient the update needs, where those are not all: the layers of
                 one optimizer of several, see `sample_cost_of`.
         """
-        always = gradient == "every_step"
-        pending = self.pending + samples * cost.extra
-        pending_actual = self.pending_actual + samples * cost.actual_extra
-        train = self.train + samples * step_cost(cost.forward, cost.forward_dense, always)
-        actual = self.train_actual + samples * (cost.actual_update if always else cost.actual)
+        always, cost = gradient == "every_step", cost.of(samples)
+        part = part and part.of(samples)
+        pending = self.pending + cost.extra
+        pending_actual = self.pending_actual + cost.actual_extra
+        train = self.train + step_cost(cost.forward, cost.forward_dense, always)
+        actual = self.train_actual + (cost.actual_update if always else cost.actual)
         if updated and gradient == "at_updates":  # the whole window was booked as ordinary
             train += pending if part is None else pending * part.extra // max(cost.extra, 1)
             whole = max(cost.actual_extra, 1)
             actual += pending_actual if part is None else pending_actual * part.actual_extra // whole
-        dense = self.train_dense + samples * 3 * cost.forward_dense
+        dense = self.train_dense + 3 * cost.forward_dense
         return RunCost(train, dense, actual, *((0, 0) if stepped else (pending, pending_actual)))

@@ -55,7 +55,7 @@ def measure(model: nn.Module, *example: Any, samples: int | None = None) -> Cost
             "and dtype of the inputs (a batch norm may need two samples); if the forward pass reads values, "
             "run it once inside a Tracer and give the CostTable that it makes in place of the model"
         ) from error
-    return tracer.table(samples)
+    return tracer.table(samples).per_sample()
 
 
 def _repeat_checkpoints(outputs: Any) -> None:
@@ -159,7 +159,7 @@ def measurement(
         return replace(source, batch_size=batch_size or source.batch_size)
     if example:
         raise ValueError("an example is for a model; of a table or of bare shapes give batch_size=...")
-    table = source if isinstance(source, CostTable) else cost_table(source)
+    table = source.per_sample() if isinstance(source, CostTable) else cost_table(source)
     return Measurement(table, _chosen(table, include, exclude), None, batch_size or 1)
 
 

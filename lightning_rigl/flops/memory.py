@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_rigl.flops.products import COPIES, JOINS, Args
+from lightning_rigl.flops.products import COPIES, FILLS, JOINS, REORDERS, SUMS, Args
 
 
 class Slice(NamedTuple):
@@ -19,6 +19,7 @@ class Slice(NamedTuple):
     name: str
     start: int
     stop: int
+    filled: bool = False  # with something added to them, so that none is zero
 
 
 class Piece(NamedTuple):
@@ -34,8 +35,9 @@ class Piece(NamedTuple):
         if not self.ordered:
             return self
         begin, end = max(begin, self.begin), min(end, self.end)
-        start = self.slices[0].start + begin - self.begin
-        return Piece(begin, end, (Slice(self.slices[0].name, start, start + end - begin),), ordered=True)
+        only = self.slices[0]
+        start = only.start + begin - self.begin
+        return Piece(begin, end, (only._replace(start=start, stop=start + end - begin),), ordered=True)
 
 
 class ParameterMemory:
@@ -94,10 +96,17 @@ class ParameterMemory:
         same = [(tensor, piece) for tensor, piece in pieces if tensor.numel() == out.numel()]
         if name in COPIES or (torch.Tag.pointwise in func.tags and same):
             source, piece = (same or pieces)[0]
-            alike = source.shape == out.shape and source.stride() == out.stride()
-            self._register(out, piece.slices, piece.ordered and alike)
+            alike = source.shape == out.shape and source.stride() == out.stride() and name not in REORDERS
+            filled = name in FILLS or (name in SUMS and not self._is_same(args[:2], piece))
+            slices = tuple(part._replace(filled=part.filled or filled) for part in piece.slices)
+            self._register(out, slices, piece.ordered and alike)
             return True
         return False
+
+    def _is_same(self, terms: Args, piece: Piece) -> bool:
+        """Whether all terms of a sum hold the same elements of a parameter, so that its zeros stay."""
+        found = [self.find(term) if isinstance(term, Tensor) else None for term in terms]
+        return all(f is not None and f.slices == piece.slices and f.ordered == piece.ordered for f in found)
 
     def _join(self, pieces: list[tuple[Tensor, Piece]], out: Tensor, rows: bool) -> None:
         """Register what ``cat`` or ``stack`` made; along the first dimension each part lies by itself."""

@@ -58,13 +58,19 @@ def _trilinear(args: Args, out: Tensor) -> list[Product]:
     return [inner, Product(((first, weight), (second,)), rest, 0)]
 
 
-def _recurrent(x: Tensor, weights: Sequence[Tensor], *state: Tensor | None) -> list[Product]:
-    # A fused recurrent layer: at each step each matrix meets one vector. Its backward kernel computes the
-    # gradients of the inputs whether they are needed or not.
-    steps = x.numel() // max(x.shape[-1], 1)
-    together = x, *weights, *(s for s in state if s is not None)
+def _recurrent(x: Tensor, weights: Sequence[Tensor], hx: Tensor, projected: bool) -> list[Product]:
+    # A fused recurrent layer: at each step each matrix meets one vector. It counts as its steps one by one:
+    # the first layer's matrix of the input meets x, that of the state meets the given one first.
+    vectors = x.numel() // max(x.shape[-1], 1)
+    first = hx.shape[-2]  # vectors of the first step
     matrices = [w for w in weights if w.dim() == 2]
-    return [Product((together, (w,)), steps * w.numel(), steps * w.shape[0]) for w in matrices]
+    products: list[Product] = []
+    for place, w in enumerate(matrices):
+        of_the_state = place % (3 if projected else 2) == 1
+        given, n = (hx, first) if of_the_state else (x, vectors if w.shape[1] == x.shape[-1] else 0)
+        for operand, count in (((given,), n), ((x, hx, *weights), vectors - n)):
+            products += [Product((operand, (w,)), count * w.numel(), count * w.shape[0])] if count else []
+    return products
 
 
 # By name: not every version of torch has every operator.
@@ -75,23 +81,28 @@ PRODUCTS: dict[str, Callable[[Args, Tensor], list[Product]]] = {
     "aten.addbmm": _addbmm,
     **dict.fromkeys(("aten.convolution", "aten._convolution", "aten.convolution_overrideable"), _convolution),
     "aten._trilinear": _trilinear,
-    "aten.mkldnn_rnn_layer": lambda args, out: _recurrent(args[0], args[1:5], *args[5:7]),
-    "aten._cudnn_rnn": lambda args, out: _recurrent(args[0], args[1], *args[4:6]),
+    "aten.mkldnn_rnn_layer": lambda args, out: _recurrent(args[0], args[1:5], args[5], False),
+    "aten._cudnn_rnn": lambda args, out: _recurrent(args[0], args[1], args[4], args[8] > 0),
     "aten._scaled_dot_product_flash_attention": _attention,
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._scaled_dot_product_efficient_attention": _attention,
     "aten._scaled_dot_product_cudnn_attention": _attention,
     "aten._scaled_dot_product_fused_attention_overrideable": _attention,
 }
-# What stays the same weight: in another type or order, a part of it, normalized.
+# What stays the same weight: in another order or type, a part of it, normalized.
+REORDERS = {f"aten.{name}" for name in ("index", "index_select", "gather", "flip", "roll")}
 COPIES = {
+    *REORDERS,
     *("aten._to_copy", "aten.clone", "aten.repeat", "aten.lift_fresh", "aten.native_dropout"),
-    *("aten.index", "aten.index_select", "aten.gather"),
-    *("aten.flip", "aten.roll", "aten.tril", "aten.triu", "aten.constant_pad_nd"),
+    *("aten.tril", "aten.triu", "aten.constant_pad_nd"),
     *("aten._weight_norm_interface", "aten._weight_norm"),
     *("aten.native_batch_norm", "aten.cudnn_batch_norm"),
 }
 JOINS = {"aten.cat", "aten.stack"}
+# What leaves a weight no zeros: its mean taken away, or, of sums, another term.
+FILLS = {"aten.native_batch_norm", "aten.cudnn_batch_norm"}
+SUMS = {f"aten.{name}" for name in ("add", "sub", "rsub", "lerp", "addcmul", "addcdiv")}
+SUMMED = {"aten.sum", "aten.mean"}  # after a multiplication: a contraction
 UNCOUNTED = {
     *("aten.embedding", "aten.embedding_bag", "aten._embedding_bag"),
     *("aten.native_layer_norm", "aten._fused_rms_norm"),

@@ -135,12 +135,12 @@ def report(
     all_devices: int | None = None,
 ) -> FLOPsReport:
     """The cost of each layer at these active counts, beside the totals of training."""
-    layers = []
-    for layer in table.layers:
+    layers, table = [], table.per_sample()
+    for layer in (row for row in table.layers if row.forward or not row.no_gradient):  # a teacher has no row
         sparse, dense = (layer.forward_flops(at, convention) for at in (counts, {}))
         active = layer.active(counts)
         layers.append(LayerFLOPs(layer.key, layer.shape, active, layer.numel, sparse, dense))
-    evaluated = None if inference is None else forward_cost(inference, counts, convention)
+    evaluated = None if inference is None else forward_cost(inference.per_sample(), counts, convention)
     return FLOPsReport(tuple(layers), table.other, run, convention, table.unknown, evaluated, all_devices)
 
 

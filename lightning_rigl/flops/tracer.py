@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd import Function
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl.flops.formulas import CostTable, LayerCost
 from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
-from lightning_rigl.flops.products import COPIES, JOINS, PRODUCTS, UNCOUNTED, Args, Product
+from lightning_rigl.flops.products import COPIES, JOINS, PRODUCTS, SUMMED, UNCOUNTED, Args, Product
 
 
 @dataclass
@@ -29,6 +31,11 @@ class _Sum:
     input_gradient: int = 0
     weight_gradient: int = 0
     recompute: int = 0
+    no_gradient: int = 0
+
+    def add(self, other: _Sum) -> None:
+        for field, value in vars(other).items():
+            setattr(self, field, getattr(self, field) + value)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
@@ -46,14 +53,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
 
     Which gradients autograd will compute is seen from what requires one, in the forward pass; of the backward
     pass itself only what activation checkpointing repeats is counted (a gradient of a gradient is taken for
-    that too). With gradients disabled, only what reads a trainable parameter or an activation that requires a
-    gradient is counted: a custom autograd function and a reentrant checkpoint run their forward like that,
-    and so does a teacher, whose weights are usually frozen. Nothing in inference mode is.
+    that too). Forward products with gradients disabled, of a teacher or of a generator's samples, are booked
+    apart; not so those inside of a custom autograd function, as a reentrant checkpoint is one.
 
     Args:
         parameters: name -> parameter. A product with two parameters is a row of the second operand's.
         buffers: tensors that are no activations, such as masks.
-        inference: count with gradients disabled and in inference mode too.
+        inference: a forward pass is one, also with gradients disabled.
+
+    Attributes:
+        optimizes: set while an optimizer makes a step: its own products are not counted.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(100, 10), torch.nn.ReLU(), torch.nn.Linear(10, 4))
@@ -74,16 +83,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._memory = ParameterMemory(parameters, buffers)
-        trained = (parameter for parameter in parameters.values() if parameter.requires_grad)
-        self._live = {key for parameter in trained for key in storage_of(parameter)}
+        self._live: set[StorageWeakRef] = set()  # of a custom function: activations that require a gradient
         self._doubts: dict[StorageWeakRef, list[str]] = {}  # operators that may have hidden a weight
+        self._spread: dict[StorageWeakRef, list[str]] = {}  # multiplications of a weight with a batch
         self._inference = inference
+        self.optimizes = False
         self._sums: dict[tuple[Slice | None, Slice | None], _Sum] = {}
         self._unknown: dict[str, None] = {}
         self._restore = ExitStack()
 
     def table(self, samples: int) -> CostTable:
-        """The cost per sample of what ran inside; a cost that ``samples`` does not divide is rounded.
+        """The cost per sample of what ran inside, or of all samples together if they do not divide it.
 
         Args:
             samples: the number of samples that went through, at least 1.
@@ -99,29 +109,34 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             key=lambda row: (places[row[0].name], *row[0][1:], str(row[1])),
         )
         none = self._sums.get((None, None), _Sum())
-        return CostTable(
-            tuple(self._layer(own, partner, products, samples) for own, partner, products in rows),
-            _share(2 * none.forward, samples),
+        table = CostTable(
+            tuple(self._layer(own, partner, products) for own, partner, products in rows),
+            2 * none.forward,
             tuple(self._unknown),
-            _share(2 * none.input_gradient, samples),
-            _share(2 * none.recompute, samples),
+            2 * none.input_gradient,
+            2 * none.recompute,
+            2 * none.no_gradient,
+            samples,
         )
+        return table.per_sample() if table.is_whole else table
 
-    def _layer(self, own: Slice, partner: Slice | None, products: _Sum, samples: int) -> LayerCost:
+    def _layer(self, own: Slice, partner: Slice | None, products: _Sum) -> LayerCost:
         shape = self._shapes[own.name]
         whole = own.stop - own.start == math.prod(shape)
         return LayerCost(
             own.name,
             shape,
-            _share(2 * products.forward, samples),
-            _share(products.outputs, samples),
-            _share(2 * products.input_gradient, samples),
-            _share(2 * products.weight_gradient, samples),
-            _share(2 * products.recompute, samples),
+            2 * products.forward,
+            products.outputs,
+            2 * products.input_gradient,
+            2 * products.weight_gradient,
+            2 * products.recompute,
+            2 * products.no_gradient,
             start=own.start,
             stop=None if whole else own.stop,
             partner=self._key(partner) if partner else "",
             partner_numel=partner.stop - partner.start if partner else 1,
+            filled=own.filled,
         )
 
     def _key(self, own: Slice) -> str:
@@ -178,23 +193,28 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         if isinstance(func, HigherOrderOperator):
             self._unknown[name] = None  # what it does inside stays hidden
             return
-        counted = self._is_counted(inputs, outputs)
-        if self._memory.follow(name, func, args, inputs, outputs) or not counted:
+        trains = torch.is_grad_enabled() or _is_in_a_custom_function()
+        if trains and not torch.is_grad_enabled() and any(self._is_live(t) for t in inputs):
+            self._live |= {key for o in outputs for key in storage_of(o)}
+        if self._memory.follow(name, func, args, inputs, outputs):
+            return
+        counts = trains or self._inference
+        if self.optimizes and not counts:
             return
         if name in PRODUCTS:
             for product in PRODUCTS[name](args, outputs[0]):
-                self._multiply(product, again)
+                self._multiply(product, "recompute" if again else "forward" if counts else "no_gradient")
         elif torch.is_grad_enabled() or self._inference:
             self._doubt(name, func, inputs, outputs)
 
-    def _multiply(self, product: Product, again: bool) -> None:
+    def _multiply(self, product: Product, column: str) -> None:
         """Book one product under the parameters among its operands."""
         pieces = [self._memory.find(o[0]) if len(o) == 1 else None for o in product.operands]
         own = 1 if pieces[1] else 0
         weight, partner = pieces[own], pieces[0] if own else None
         macs, (first, second) = product.macs, self._gradients(product)
         if weight is None:
-            self._add((None, None), _Sum(macs, 0, first + second), again)
+            self._add((None, None), column, _Sum(macs, 0, first + second))
             hidden = (key for operand in product.operands for o in operand for key in storage_of(o))
             self._unknown |= {report: None for key in hidden for report in self._doubts.get(key, ())}
             return
@@ -204,25 +224,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             share = part.stop - part.start
             values = (macs, product.outputs, *gradients)
             sums = _Sum(*(value * share // total for value in values))
-            self._add((part, partner.slices[0] if partner else None), sums, again)
+            self._add((part, partner.slices[0] if partner else None), column, sums)
 
     def _gradients(self, product: Product) -> tuple[int, int]:
         """Multiply-adds of the gradients of the two operands that autograd will compute."""
-        constant = all(self._memory.is_constant(o) for operand in product.operands for o in operand)
-        if constant and not torch.is_grad_enabled():
-            return 0, 0  # such as the power iteration of a spectral norm
         first, second = (any(self._is_live(o) for o in operand) for operand in product.operands)
         return product.macs * first, product.macs * second
 
-    def _add(self, key: tuple[Slice | None, Slice | None], products: _Sum, again: bool) -> None:
-        total = self._sums.setdefault(key, _Sum())
-        if again:
-            total.recompute += products.forward
-            return
-        total.forward += products.forward
-        total.outputs += products.outputs
-        total.input_gradient += products.input_gradient
-        total.weight_gradient += products.weight_gradient
+    def _add(self, key: tuple[Slice | None, Slice | None], column: str, products: _Sum) -> None:
+        only = products if column == "forward" else _Sum(**{column: products.forward})
+        self._sums.setdefault(key, _Sum()).add(only)
 
     def _is_live(self, tensor: Tensor) -> bool:
         """Whether autograd will ask for the tensor's gradient."""
@@ -230,22 +241,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             return tensor.requires_grad
         return not self._live.isdisjoint(storage_of(tensor))
 
-    def _is_counted(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        """Whether an operator takes part in the training step; with gradients disabled, what follows too."""
-        if self._inference or torch.is_grad_enabled():
-            return True
-        if torch.is_inference_mode_enabled():
-            return False
-        live = any(self._is_live(t) for t in inputs)
-        if live:
-            self._live |= {key for o in outputs if not self._memory.find(o) for key in storage_of(o)}
-        return live
-
     def _doubt(self, name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Report the weights whose values an operator computes with.
 
         After element-wise work or a lookup the result may be a weight (``w * mask``) or an activation
-        (``x + position``): it is reported once a product with no other weight follows.
+        (``x + position``): it is reported once a product with no other weight follows. A weight
+        that is multiplied with more elements than its own, and then summed over, is reported as well.
         """
         if not outputs or any(self._memory.find(o) for o in outputs):
             return  # a question about a tensor; a view of a parameter, or a write into one
@@ -257,14 +258,26 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             if piece is None:
                 before = (self._doubts.get(key, ()) for key in storage_of(tensor) if elementwise)
                 reports += (report for each in before for report in each)
-            elif not (pointwise and outputs[0].numel() > tensor.numel()) and name not in UNCOUNTED:
-                names = dict.fromkeys(part.name for part in piece.slices)
-                reports += (f"{name} ({w})" for w in names if len(self._shapes[w]) > 1)
+                if name in SUMMED and outputs[0].dim():
+                    reports += (r for key in storage_of(tensor) for r in self._spread.get(key, ()))
+                continue
+            names = dict.fromkeys(part.name for part in piece.slices)
+            known = [f"{name} ({w})" for w in names if len(self._shapes[w]) > 1]
+            if name == "aten.mul" and (outputs[0].numel(), outputs[0].dim()) > (tensor.numel(), tensor.dim()):
+                self._spread |= dict.fromkeys(storage_of(outputs[0]), known)
+            if pointwise and outputs[0].numel() > tensor.numel():
+                continue  # an activation, such as with a position added
+            if name not in UNCOUNTED:
+                reports += known
         if elementwise:
             self._doubts |= {key: reports for o in outputs for key in storage_of(o) if reports}
         else:
             self._unknown |= dict.fromkeys(reports)
 
 
-def _share(total: int, samples: int) -> int:
-    return (total + samples // 2) // samples
+def _is_in_a_custom_function() -> bool:
+    """Whether a custom autograd function is running, whose own gradients are computed by its ``backward``."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+        frame = frame.f_back
+    return frame is not None

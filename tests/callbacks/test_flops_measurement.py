@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_rigl import FLOPsCallback
-from tests.callbacks.flops_modules import EVERY_KIND, ON_A_COPY, ON_A_REAL_STEP, ByHand, Item
+from tests.callbacks.flops_modules import EVERY_KIND, ON_A_COPY, ON_A_REAL_STEP, ByHand, Item, OwnLoop
 from tests.callbacks.flops_problems import F_D, Attends, Manual, Silent, batches, fit, measurements, rigl
 from tests.callbacks.problems import Small, trainer
 
@@ -19,8 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:RigLCallback. (training has|no t
 def test_the_model_is_measured_once_on_a_copy_or_else_on_the_real_step(model, monkeypatch):
     made, counter = measurements(monkeypatch), FLOPsCallback()
     fit(counter, module=model(), max_epochs=2)
-    on_a_copy = [True] if model in ON_A_COPY else [True, False]
-    assert made == ([False] if model in ON_A_REAL_STEP else on_a_copy)
+    once = [True] if model in ON_A_COPY else [False] if model in ON_A_REAL_STEP else [True, False]
+    sizes = 1 if model is OwnLoop else 2  # it draws its own batches
+    assert made == ([False] * 6 if model is ByHand else once * sizes)
     report = counter.report()
     assert (report.train, report.unknown, report.other) == (40 * 3 * F_D, (), 0)
     assert report.train_actual == 40 * 2 * (2 * 384 + 3 * 96)
@@ -56,7 +57,7 @@ def test_what_activation_checkpointing_repeats_is_in_train_actual(base, reentran
     made, counter, module = measurements(monkeypatch), FLOPsCallback(), base()
     module.reentrant = reentrant
     fit(counter, module=module)
-    assert made == [base is Checkpointed]
+    assert made == ([True] * 2 if base is Checkpointed else [False] * 3)
     assert counter.report().train == 20 * 3 * F_D
     # twice the first layer, and its input's gradient where the input asks for one
     assert counter.report().train_actual == 20 * 2 * ((3 + reentrant) * 384 + 3 * 96)
@@ -95,9 +96,7 @@ def convolution(size):
     ("model", "shape", "cost"),
     [(Sequences, lambda n: (n, 16), encoder), (Images, lambda n: (3, n, n), convolution)],
 )
-def test_each_shape_of_a_batch_is_measured_on_first_sight_and_each_size_of_it_is_the_same(
-    model, shape, cost, real, monkeypatch
-):
+def test_each_shape_of_a_batch_is_measured_on_first_sight(model, shape, cost, real, monkeypatch):
     class Real(model):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -107,8 +106,94 @@ def test_each_shape_of_a_batch_is_measured_on_first_sight_and_each_size_of_it_is
     kinds = [(8, 5), (8, 9), (8, 5), (3, 9), (8, 6), (1, 5)]  # samples, length
     loader = DataLoader([torch.randn(samples, *shape(n)) for samples, n in kinds], batch_size=None)
     fit(counter, module=Real() if real else model(), loader=loader, max_epochs=2)
-    assert made == ([True, False] * 3 if real else [True] * 3)
+    assert made == ([True, False] * 5 if real else [True] * 5)
     assert counter.report().train == 2 * sum(3 * samples * cost(n) for samples, n in kinds)
+
+
+class Contrasts(Silent):
+    """Every sample is compared with every other, and a merge of two factors costs the same for any batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(16, 6, bias=False)
+        self.up, self.down = (nn.Parameter(torch.ones(shape)) for shape in ((6, 2), (2, 16)))
+
+    def training_step(self, batch, batch_idx):
+        codes = linear(batch[0], self.net.weight + self.up @ self.down)
+        return (codes @ codes.t()).square().mean()
+
+
+def test_costs_that_are_not_in_proportion_to_the_samples_are_exact():
+    counter, sizes = FLOPsCallback(), (8, 5, 5, 7, 8)
+    fit(counter, module=Contrasts(), sizes=sizes, max_epochs=2)
+    products = [n * 96 + 6 * 2 * 16 + n * n * 6 for n in sizes]
+    assert counter.report().train == 2 * sum(3 * 2 * each for each in products)
+    assert counter.report().train_actual == 2 * sum(
+        2 * (3 * each - n * 96) for n, each in zip(sizes, products, strict=True)
+    )
+
+
+class Alternates(Silent):
+    """A critic for every batch but each ``rare``-th, at which the generator makes a step, and later both."""
+
+    automatic_optimization = False
+    rare, both = 5, 1000
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.critic = nn.Linear(16, 12, bias=False), nn.Linear(12, 1, bias=False)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.net, self.critic)]
+
+    def training_step(self, batch, batch_idx):
+        generator, critic = self.optimizers()
+        if batch_idx % self.rare == self.rare - 1 or batch_idx >= self.both:
+            self.manual_backward(self.critic(self.net(batch[0])).mean())
+            generator.step()
+        if batch_idx % self.rare != self.rare - 1 or batch_idx >= self.both:
+            with torch.no_grad():
+                made = self.net(batch[0])
+            self.manual_backward(self.critic(made).mean())
+            critic.step()
+
+
+def test_batches_whose_optimizers_differ_differ_in_their_costs(recwarn):
+    counter = FLOPsCallback()
+    fit(counter, module=Alternates(), sizes=[8] * 23, max_epochs=2)
+    generator, critic = 3 * (192 + 12), 3 * 12
+    assert counter.report().train == 2 * 8 * 2 * (4 * generator + 19 * critic)
+    generator, critic = 2 * 192 + 3 * 12, 192 + 2 * 12
+    assert counter.report().train_actual == 2 * 8 * 2 * (4 * generator + 19 * critic)
+    assert not [w for w in recwarn if "for the first time optimizers" in str(w.message)]
+
+
+def test_an_optimizer_that_joins_later_is_said_and_its_next_step_watched():
+    counter, module = FLOPsCallback(), Alternates()
+    module.both = 20
+    with pytest.warns(UserWarning, match=r"for the first time optimizers \[0, 1\] made the steps") as record:
+        fit(counter, module=module, sizes=[8] * 23)
+    assert sum("for the first time" in str(w.message) for w in record) == 1
+    generator, critic = 3 * (192 + 12), 3 * 12
+    booked = [*([critic] * 4 + [generator]) * 4, generator, *[generator + critic] * 2]
+    assert counter.report().train == 8 * 2 * sum(booked)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_what_is_frozen_in_the_middle_of_an_epoch_has_no_gradient_from_then_on(frozen):
+    class Freezes(Silent):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[0].requires_grad_(batch_idx != frozen)
+
+    counter = FLOPsCallback()
+    fit(counter, module=Freezes(), sizes=(8, 8, 8))
+    assert counter.report().train_actual == 2 * 8 * 2 * (2 * 384 + 3 * 96) + 8 * 2 * (384 + 2 * 96)
+
+
+def test_many_kinds_of_batches_are_said(monkeypatch):
+    monkeypatch.setattr("lightning_rigl.callbacks.meter.MANY", 3)
+    with pytest.warns(UserWarning, match="3 kinds of batches so far"):
+        fit(FLOPsCallback(), sizes=(8, 7, 6, 5))
 
 
 class TestInference:

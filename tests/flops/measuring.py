@@ -21,11 +21,17 @@ def costs(table):
 
 
 def rows(table):
-    """Multiply-adds by key: forward, gradient of the input, gradient of the weight."""
+    """Multiply-adds by key: forward, gradient of the input, gradient of the weight; of what is trained."""
     return {
         layer.key: tuple(flops // 2 for flops in (layer.forward, layer.input_gradient, layer.weight_gradient))
         for layer in table.layers
+        if layer.forward or not layer.no_gradient
     }
+
+
+def without_gradient(table):
+    """Multiply-adds of forward passes with gradients disabled, by key."""
+    return {layer.key: layer.no_gradient // 2 for layer in table.layers if layer.no_gradient}
 
 
 def second_opinion(net, *inputs, call=None, backward=False):

@@ -80,18 +80,15 @@ def test_torch_counts_the_weight_gradient_of_groups_once_per_group(layer):
 # -------------------------------------------------------------------------------------- recurrent layers
 
 
-def by_hand(net, steps, starts=(1, 1), first=True, fused=False):
-    """Multiply-adds of ``steps`` steps; ``starts`` of them (forwards, backwards) have no state to train.
-
-    A fused layer computes every input gradient, needed or not.
-    """
+def by_hand(net, steps, starts=(1, 1), first=True):
+    """Multiply-adds of ``steps`` steps; ``starts`` of them (forwards, backwards) have no state to train."""
     gates, out = {"LSTM": 4, "GRU": 3}.get(net.mode, 1), net.proj_size or net.hidden_size
     expected = {}
     for layer in range(net.num_layers):
         for suffix, start in list(zip(("", "_reverse"), starts, strict=True))[: 1 + net.bidirectional]:
             width = out * (1 + net.bidirectional) if layer else net.input_size
             ih, hh = (gates * net.hidden_size * n for n in (width, out))
-            back = steps * (bool(layer) or not first or fused), steps - start * (not fused)
+            back = steps * (bool(layer) or not first), steps - start
             expected[f"weight_ih_l{layer}{suffix}"] = steps * ih, back[0] * ih, steps * ih
             expected[f"weight_hh_l{layer}{suffix}"] = steps * hh, back[1] * hh, steps * hh
             if net.proj_size:
@@ -123,7 +120,7 @@ def test_a_recurrent_layer(layer, first, device):
     fused = (
         device == "cpu" and net.mode == "LSTM" and not net.proj_size and torch.backends.mkldnn.is_available()
     )
-    assert rows(table) == by_hand(net, 5, first=first, fused=fused)
+    assert rows(table) == by_hand(net, 5, first=first)
     assert (table.other, table.unknown) == (0, ())
     if fused:
         assert second_opinion(net, x) == 0  # torch has no rule for it
@@ -131,15 +128,15 @@ def test_a_recurrent_layer(layer, first, device):
         assert second_opinion(net, x, backward=True) == 3 * actual_step_cost(table)
 
 
-def test_a_fused_lstm_costs_the_same_forward_pass_as_its_steps_on_meta():
-    costs = []
+@pytest.mark.parametrize("given", [(), ("x",), ("state",), ("x", "state")])
+def test_a_fused_lstm_costs_the_same_as_its_steps_on_meta(given):
+    tables = []
     for device in ("cpu", "meta"):
         with torch.device(device):
-            net, x = nn.LSTM(6, 8, 2, bidirectional=True), torch.ones(5, 3, 6)
-        costs.append(
-            [(layer.key, layer.forward, layer.outputs) for layer in measure(net, x, samples=3).layers]
-        )
-    assert costs[0] == costs[1]
+            net, x = nn.LSTM(6, 8, 2, bidirectional=True), torch.ones(5, 3, 6, requires_grad="x" in given)
+            state = torch.ones(4, 3, 8, requires_grad="state" in given), torch.ones(4, 3, 8)
+        tables.append(measure(net, x, samples=3, call=lambda x: net(x, state)))  # noqa: B023
+    assert tables[0] == tables[1]
 
 
 def test_a_frozen_fused_lstm_has_no_gradients():
@@ -153,7 +150,7 @@ def test_the_fused_layer_of_cudnn_by_its_shapes():
         net, x, state = nn.LSTM(6, 8, 2, bidirectional=True), torch.empty(5, 3, 6), torch.empty(4, 3, 8)
     sizes = 2, 8, 0, 2, False, 0.0, True, True, [], None
     call = lambda x: torch.ops.aten._cudnn_rnn(x, net._flat_weights, 4, None, state, state, *sizes)  # noqa: E731
-    assert rows(measure(net, x, samples=3, call=call)) == by_hand(net, 5, fused=True)
+    assert rows(measure(net, x, samples=3, call=call)) == by_hand(net, 5)
 
 
 @pytest.mark.parametrize("layer", RECURRENT)

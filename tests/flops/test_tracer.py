@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from lightning_rigl.flops.formulas import actual_step_cost, forward_cost
 from lightning_rigl.flops.meta import meta_copy
 from lightning_rigl.flops.tracer import Tracer
-from tests.flops.measuring import costs, measure, rows, second_opinion
+from tests.flops.measuring import costs, measure, rows, second_opinion, without_gradient
 
 on_both_devices = pytest.mark.parametrize("device", ["cpu", "meta"])
 linear = functional.linear
@@ -106,6 +106,12 @@ def test_rows_of_a_weight_are_told_apart(device):
     assert rows(measure(net, x, call=call)) == {"weight[0:6]": (6, 0, 6), "weight[6:24]": (18, 0, 18)}
     call = lambda x: torch.bmm(net.weight[1:3].expand(2, 2, 6), x[:, :, None])  # noqa: E731
     assert rows(measure(net, x, call=call)) == {"weight[6:18]": (12, 0, 12)}
+
+
+def test_rows_are_not_told_apart_once_they_are_turned_round():
+    net, x = nn.Linear(6, 4, bias=False), torch.ones(2, 6)
+    table = measure(net, x, call=lambda x: linear(x, net.weight.flip(0)[:2]))
+    assert rows(table) == {"weight": (12, 0, 12)}
 
 
 def test_filters_are_told_apart_unless_they_lie_scattered_in_memory():
@@ -279,7 +285,8 @@ def test_a_spectral_norm_multiplies_its_weight_three_times_more_and_one_of_these
     with torch.device(device):
         net, x = norm(plain()), torch.ones(5, 6)
     table = measure(net, x, samples=1)
-    assert rows(table) == {name: ((5 + 3) * 24, 0, (5 + 1) * 24)}
+    assert rows(table) == {name: ((5 + 1) * 24, 0, (5 + 1) * 24)}
+    assert without_gradient(table) == {name: 2 * 24}  # the power iteration
     assert (table.other, table.other_gradient) == (2 * 4, 2 * 4)  # u (W v)
     assert table.unknown == ()
 
@@ -302,8 +309,39 @@ def test_a_low_rank_update_merged_into_the_weight_is_scaled_by_both_factors(devi
     merge = 4 * 2 * 6
     assert rows(table) == {"w": (72, 0, 72), "a": (merge, merge, merge)}
     assert {layer.name: layer.partner for layer in table.layers} == {"w": "", "a": "b"}
-    assert forward_cost(table, {"w": 6, "a": 3, "b": 4}) == 2 * 72 // 4 + 2 * merge // 4 // 2
+    assert forward_cost(table, {"w": 6, "a": 3, "b": 4}) == 2 * 72 + 2 * merge // 4 // 2
     assert second_opinion(net, x, call=call, backward=True) == actual_step_cost(table)
+
+
+SUMS = {
+    "two weights": lambda w, v: w + v,
+    "a weight and another times a number": lambda w, v: torch.sub(w, v, alpha=0.5),
+    "an average": lambda w, v: w.lerp(v, 0.1),
+    "a weight and a number": lambda w, v: w + 1e-3,
+    "a number less a weight": lambda w, v: 1 - w,
+    "a weight without its mean": lambda w, v: standardized(w),
+    "a weight without its mean, by a batch norm": lambda w, v: normalized_as_a_batch(w),
+    "a weight and the same turned round": lambda w, v: w + w.flip(0),
+    "a sum, then scaled": lambda w, v: (w + v)[:, 0:6].clone() * 2,
+}
+
+
+@on_both_devices
+@pytest.mark.parametrize("kind", SUMS)
+def test_a_weight_with_something_added_has_no_zeros(kind, device):
+    with torch.device(device):
+        net, x = bare(w=(4, 6), v=(4, 6)), torch.ones(2, 6)
+    table = measure(net, x, call=lambda x: linear(x, SUMS[kind](net["w"], net["v"])))
+    assert rows(table) == {"w": (24, 0, 24)}
+    assert forward_cost(table, {"w": 6, "v": 3}) == 2 * 24
+
+
+@on_both_devices
+def test_a_sum_of_the_same_elements_keeps_its_zeros(device):
+    with torch.device(device):
+        net, x = bare(w=(4, 6)), torch.ones(2, 6)
+    call = lambda x: linear(x, torch.add(net["w"], net["w"].round() - net["w"], alpha=2))  # noqa: E731
+    assert forward_cost(measure(net, x, call=call), {"w": 6}) == 2 * 6
 
 
 @on_both_devices
@@ -377,6 +415,14 @@ def test_an_operator_that_computes_with_a_weight_is_reported_by_name(operator):
     assert measure(net, x, call=lambda x: REPORTED[operator](net.weight, x)).unknown == (operator,)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
+def test_a_contraction_written_element_by_element_is_reported(reduce, samples):
+    net, x = plain(), torch.ones(samples, 6)
+    table = measure(net, x, call=lambda x: reduce(x[:, None] * net.weight, -1))
+    assert table.unknown == ("aten.mul (weight)",)
+
+
 def test_the_operators_that_make_an_orthogonal_weight_are_reported():
     unknown = measure(parametrizations.orthogonal(nn.Linear(6, 6)), torch.ones(2, 6)).unknown
     assert unknown == ("aten.linalg_matrix_exp (parametrizations.weight.original)",)
@@ -392,6 +438,7 @@ QUIET = {
     "a position": lambda w, x: x.expand(3, 4, 6) + w,
     "a class token": lambda w, x: torch.cat([w.expand(3, 4, 6), x.expand(3, 4, 6)], 1),
     "a scale per channel": lambda w, x: x.expand(3, 4, 6) * w,
+    "a scale, then the loss": lambda w, x: (x.expand(3, 4, 6) * w).mean(),
     "a mask token": lambda w, x: torch.where(torch.ones(3, 4, 6) > 0, x.expand(3, 4, 6), w),
     "a norm over two dimensions": lambda w, x: functional.layer_norm(x.expand(3, 4, 6), (4, 6), w),
     "a lookup": lambda w, x: w[ids] + functional.embedding(ids, w),
@@ -465,11 +512,21 @@ def test_the_backward_pass_is_not_counted():
     assert measure(net, x, backward=True) == measure(net, x)
 
 
-def test_a_frozen_backbone_counts_and_a_frozen_teacher_without_gradients_does_not():
-    net, x = plain().requires_grad_(False), torch.ones(2, 6)
-    assert rows(measure(net, x)) == {"weight": (24, 0, 0)}
-    assert rows(measure(net, x, call=torch.no_grad()(net))) == {}
-    assert rows(measure(plain(), x, call=torch.inference_mode()(net))) == {}
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_pass_without_gradients_is_booked_apart(mode, frozen):
+    net, x = plain().requires_grad_(not frozen), torch.ones(2, 6)
+    assert rows(measure(net, x)) == {"weight": (24, 0, 24 * (not frozen))}
+    table = measure(net, x, call=mode()(net))
+    assert (rows(table), without_gradient(table)) == ({}, {"weight": 24})
+    assert (forward_cost(table), actual_step_cost(table, {"weight": 12})) == (0, 2 * 12)
+
+
+def test_attention_without_gradients_is_booked_apart():
+    x = torch.ones(2, 3, 6)
+    table = measure(nn.Identity(), x, call=torch.no_grad()(lambda x: x @ x.transpose(1, 2)))
+    assert (table.other, table.other_no_gradient) == (0, 2 * 3 * 3 * 6)
+    assert actual_step_cost(table) == table.other_no_gradient
 
 
 def test_a_copy_of_a_frozen_weight_made_without_gradients_is_known_later():
@@ -487,12 +544,15 @@ def test_nothing_in_inference_mode_is_part_of_training():
     net, x = nn.Sequential(nn.Conv1d(6, 4, 3), nn.Flatten(), nn.Linear(4, 2)), torch.ones(2, 6, 3)
     with torch.inference_mode():
         assert rows(measure(net, x)) == {}
+        assert without_gradient(measure(net, x)) == {"0.weight": 72, "2.weight": 8}
         table = measure(net, x, inference=True)
     assert costs(table) == {"0.weight": 2 * 72, "2.weight": 2 * 8}
 
 
-def test_a_teacher_that_follows_the_student_is_no_part_of_training():
-    net, x = nn.ModuleDict({"teacher": plain().requires_grad_(False), "student": plain()}), torch.ones(2, 6)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_teacher_that_follows_the_student_has_only_a_forward_pass(frozen):
+    net, x = nn.ModuleDict({"teacher": plain(), "student": plain()}), torch.ones(2, 6)
+    net["teacher"].requires_grad_(not frozen)
 
     def call(x):
         with torch.no_grad():
@@ -500,7 +560,9 @@ def test_a_teacher_that_follows_the_student_is_no_part_of_training():
             target = net["teacher"](x)
         return (net["student"](x) - target).square()
 
-    assert rows(measure(net, x, call=call)) == {"student.weight": (24, 0, 24)}
+    table = measure(net, x, call=call)
+    assert rows(table) == {"student.weight": (24, 0, 24)}
+    assert without_gradient(table) == {"teacher.weight": 24}
 
 
 def test_an_optimizer_step_inside_is_not_counted():
@@ -524,9 +586,16 @@ def test_an_optimizer_step_inside_is_not_counted():
 # ----------------------------------------------------------------------------------------- per sample
 
 
-def test_costs_are_per_sample_and_rounded_to_the_nearest():
+def test_costs_are_per_sample_or_of_all_samples_where_these_do_not_divide_them():
     net = nn.Linear(1, 1, bias=False)
-    assert [costs(measure(net, torch.ones(n, 1), samples=4))["weight"] for n in (4, 5, 6, 7)] == [2, 3, 3, 4]
+    tables = [measure(net, torch.ones(n, 1), samples=4) for n in (4, 5, 6, 7)]
+    assert [(costs(table)["weight"], table.samples) for table in tables] == [
+        (2, 1),
+        (10, 4),
+        (12, 4),
+        (14, 4),
+    ]
+    assert [costs(table.per_sample())["weight"] for table in tables] == [2, 3, 3, 4]  # to the nearest
 
 
 @pytest.mark.parametrize("samples", [0, -1])
