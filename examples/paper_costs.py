@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lightning_rigl import ER, ERK, Uniform
-from lightning_rigl.flops.formulas import Convention, CostTable, forward_cost
+from lightning_rigl.flops.costs import Convention, CostTable
+from lightning_rigl.flops.formulas import forward_cost
 from lightning_rigl.flops.measure import measure
 from paper_networks import CharLM, MobileNetV1, MobileNetV2, ResNet50, WideResNet22x2, lenet
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from lightning_rigl.flops.formulas import Convention
+from lightning_rigl.flops.costs import Convention
 from lightning_rigl.flops.measure import measurement
 from lightning_rigl.flops.plan import FLOPsPlan
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio
@@ -65,9 +65,8 @@ def parser() -> LightningArgumentParser:
     )
     add(
         "--target",
-        type=Literal["inference", "training"],
-        default="inference",
-        help="which FLOPs the target ratio is of",
+        type=Literal["inference", "training"] | None,
+        help="which FLOPs the target ratio is of (inference)",
     )
     add(
         "--distribution",
@@ -130,10 +129,14 @@ def plan(options: Any) -> FLOPsPlan:
         "convention": options.convention,
     }
     sparsity = 0.9 if options.sparsity is None else options.sparsity
+    if options.target and options.target_ratio is None:
+        raise ValueError("--target says which FLOPs --target-ratio is of; give that as well")
     if options.target_ratio is not None:
         if options.sparsity is not None:
             raise ValueError("--target-ratio finds the sparsity; leave --sparsity out")
-        sparsity = sparsity_for_ratio(known, ratio=options.target_ratio, of=options.target, **chosen)
+        sparsity = sparsity_for_ratio(
+            known, ratio=options.target_ratio, of=options.target or "inference", **chosen
+        )
     made = plan_flops(known, sparsity=sparsity, **chosen)
     return made if options.budget is None else made.within(options.budget)
 
@@ -142,7 +145,7 @@ def load_model(path: str) -> nn.Module:
     """Import ``pkg.module:factory`` and call it.
 
     Raises:
-        ValueError: no such module or factory, one that needs arguments, or one that makes no module.
+        ValueError: no such module or factory, one that needs arguments, fails or makes no module.
     """
     place, _, name = path.partition(":")
     try:
@@ -152,7 +155,10 @@ def load_model(path: str) -> nn.Module:
         raise ValueError(
             f"--model={path}: expected pkg.module:factory, a callable without arguments: {error}"
         ) from error
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:
+        raise ValueError(f"--model={path}: {type(error).__name__} when called: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model={path}: made a {type(model).__name__}, expected a torch.nn.Module")
     return model

@@ -185,6 +185,8 @@ def test_the_options_come_from_a_file_too(capsys, numbers):
         ([DIGITS[0], "--input=32,64:int63"], "a dtype of torch"),
         ([DIGITS[0], "--input=32,64:nn"], "a dtype of torch"),
         ([DIGITS[0], "--input=32,65"], "DigitsMLP cannot be measured with (32, 65) float32"),
+        ([*DIGITS, "--target=training"], "--target says which FLOPs --target-ratio is of"),
+        (["--model=examples.cli_model:failing", DIGITS[1]], "RuntimeError when called: no such weights"),
         (["--model=examples.cli_model", DIGITS[1]], "expected pkg.module:factory"),
         (["--model=examples.nowhere:DigitsMLP", DIGITS[1]], "No module named 'examples.nowhere'"),
         (["--model=examples.cli_model:Nothing", DIGITS[1]], "has no attribute 'Nothing'"),
@@ -196,7 +198,11 @@ def test_the_options_come_from_a_file_too(capsys, numbers):
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
 )
-def test_bad_options_are_refused_in_words(options, message, capsys):
+def test_bad_options_are_refused_in_words(options, message, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("no such weights")
+
+    monkeypatch.setattr("examples.cli_model.failing", fail, raising=False)
     with pytest.raises(SystemExit) as refusal:
         cli.main(["flops", *options])
     assert refusal.value.code != 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rigl.flops.formulas import CostTable
+from lightning_rigl.flops.costs import CostTable
 from lightning_rigl.flops.meta import meta_copy, to_meta
 from lightning_rigl.flops.tracer import Tracer
 from lightning_rigl.model.layers import named_parameters

@@ -15,7 +15,8 @@ from lightning_rigl.callbacks.budget import Budget
 from lightning_rigl.callbacks.meter import Meter
 from lightning_rigl.callbacks.rhythm import log_levels, log_step
 from lightning_rigl.callbacks.rigl import RigLCallback
-from lightning_rigl.flops.formulas import Convention, RunCost, check_convention
+from lightning_rigl.flops.costs import Convention, check_convention
+from lightning_rigl.flops.formulas import RunCost
 from lightning_rigl.flops.report import FLOPsReport, ratio, report
 from lightning_rigl.model import sharding
 from lightning_rigl.model.sparsifier import Sparsifier

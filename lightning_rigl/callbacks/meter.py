@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
 from lightning_rigl.callbacks.dry_run import measure_copy
-from lightning_rigl.flops.formulas import Convention, CostTable, SampleCost, sample_cost, sample_cost_of
+from lightning_rigl.flops.costs import Convention, CostTable
+from lightning_rigl.flops.formulas import SampleCost, sample_cost, sample_cost_of
 from lightning_rigl.flops.tracer import Tracer
 from lightning_rigl.model import sharding
 from lightning_rigl.model.layers import named_parameters

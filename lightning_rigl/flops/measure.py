@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_rigl.flops.formulas import CostTable, LayerCost
+from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.meta import meta_copy, to_meta
 from lightning_rigl.flops.tracer import Tracer
 from lightning_rigl.model import layers
@@ -145,8 +145,13 @@ def measurement(
         ValueError: a module without example, or an example without module; a batch size below 1; else as
             `measure` and `layers.select`.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: the samples per optimizer step, at least 1, got {batch_size}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size: the samples per optimizer step, at least 1, got {batch_size!r}")
+    if not isinstance(source, (nn.Module, Measurement, CostTable, Mapping)):
+        raise ValueError(
+            f"expected a torch.nn.Module, a CostTable or bare shapes, layer name -> (shape, positions), got "
+            f"{type(source).__name__}"
+        )
     if isinstance(source, nn.Module):
         if not example:
             raise ValueError(f"{type(source).__name__}: give an input, or its shape, as (1, 3, 224, 224)")

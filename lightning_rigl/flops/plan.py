@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_rigl.flops.closed_forms import mean_step, training_ratios
-from lightning_rigl.flops.formulas import Convention, CostTable, RunCost, SampleCost
+from lightning_rigl.flops.costs import Convention, CostTable
+from lightning_rigl.flops.formulas import RunCost, SampleCost
 from lightning_rigl.flops.report import LayerFLOPs, ratio
 from lightning_rigl.flops.runs import Gradient, budget_in_flops, longest_run, run_cost, updates_due
 from lightning_rigl.topology.schedules import UpdateSchedule

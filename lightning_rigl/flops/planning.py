@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
-from lightning_rigl.flops.formulas import Convention, check_convention, sample_cost
+from lightning_rigl.flops.costs import Convention, check_convention
+from lightning_rigl.flops.formulas import sample_cost
 from lightning_rigl.flops.measure import Measurement, Source, measurement
 from lightning_rigl.flops.plan import FLOPsPlan, layer_rows, model_bytes
 from lightning_rigl.methods.base import Method
@@ -203,8 +204,8 @@ def _plan(
     convention: Convention,
 ) -> FLOPsPlan:
     check_convention(convention)
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: the length of training in optimizer steps, at least 1, got {steps}")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"steps: the length of training in optimizer steps, at least 1, got {steps!r}")
     distribution, method = Distribution.of(distribution), Method.of(method)
     counts = distribution.counts(known.shapes, sparsity)
     others = known.others or 0

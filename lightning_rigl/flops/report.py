@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_rigl.flops.formulas import Convention, CostTable, RunCost, forward_cost
+from lightning_rigl.flops.costs import Convention, CostTable
+from lightning_rigl.flops.formulas import RunCost, forward_cost
 from lightning_rigl.topology.tables import Table
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class FLOPsReport:
         all_devices: ``train`` of all devices, at the last epoch end of a distributed run.
 
     Example:
-        >>> from lightning_rigl.flops.formulas import LayerCost, sample_cost
+        >>> from lightning_rigl.flops.costs import LayerCost
+        >>> from lightning_rigl.flops.formulas import sample_cost
         >>> table = CostTable((LayerCost("fc.weight", (10, 100), 2000, 10, 0, 2000),), other=64)
         >>> run = RunCost().after(10, sample_cost(table, {"fc.weight": 50}))
         >>> print(report(table, {"fc.weight": 50}, run))

@@ -99,7 +99,7 @@ def longest_run(
     if longest < 1 or ordinary < 1:
         raise ValueError(
             f"budget: {budget:,} FLOPs, and the first step of {batch_size} samples costs {spent(1):,}; "
-            "give more, or fewer samples per step"
+            "give more (a multiple of the dense training has an x, as '1.0x'), or fewer samples per step"
         )
     return longest
 

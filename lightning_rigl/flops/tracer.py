@@ -17,9 +17,10 @@ from torch.autograd import Function
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_rigl.flops.formulas import CostTable, LayerCost
+from lightning_rigl.flops.costs import CostTable, LayerCost
+from lightning_rigl.flops.doubts import Doubts
 from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
-from lightning_rigl.flops.products import COPIES, JOINS, PRODUCTS, SUMMED, UNCOUNTED, Args, Product
+from lightning_rigl.flops.products import PRODUCTS, Args, Product
 
 
 @dataclass
@@ -84,12 +85,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._memory = ParameterMemory(parameters, buffers)
         self._live: set[StorageWeakRef] = set()  # of a custom function: activations that require a gradient
-        self._doubts: dict[StorageWeakRef, list[str]] = {}  # operators that may have hidden a weight
-        self._spread: dict[StorageWeakRef, list[str]] = {}  # multiplications of a weight with a batch
+        self._doubts = Doubts(self._memory, self._shapes)
         self._inference = inference
         self.optimizes = False
         self._sums: dict[tuple[Slice | None, Slice | None], _Sum] = {}
-        self._unknown: dict[str, None] = {}
         self._restore = ExitStack()
 
     def table(self, samples: int) -> CostTable:
@@ -112,7 +111,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         table = CostTable(
             tuple(self._layer(own, partner, products) for own, partner, products in rows),
             2 * none.forward,
-            tuple(self._unknown),
+            tuple(self._doubts.reports),
             2 * none.input_gradient,
             2 * none.recompute,
             2 * none.no_gradient,
@@ -178,7 +177,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             try:
                 self._book(name, func, [*args, *kwargs.values()], out, backward)
             except Exception as error:  # a tensor of an exotic kind must not break the step that is measured
-                self._unknown[f"{name} ({type(error).__name__})"] = None
+                self._doubts.add(f"{name} ({type(error).__name__})")
         return out
 
     def _decompose(self, func: OpOverload[Any, Any], args: Args, kwargs: dict[str, Any]) -> Any:
@@ -191,7 +190,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
     def _book(self, name: str, func: Any, args: Args, out: Any, again: bool) -> None:
         inputs, outputs = list(tensors_of(args)), list(tensors_of([out]))
         if isinstance(func, HigherOrderOperator):
-            self._unknown[name] = None  # what it does inside stays hidden
+            self._doubts.add(name)  # what it does inside stays hidden
             return
         trains = torch.is_grad_enabled() or _is_in_a_custom_function()
         if trains and not torch.is_grad_enabled() and any(self._is_live(t) for t in inputs):
@@ -205,7 +204,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             for product in PRODUCTS[name](args, outputs[0]):
                 self._multiply(product, "recompute" if again else "forward" if counts else "no_gradient")
         elif torch.is_grad_enabled() or self._inference:
-            self._doubt(name, func, inputs, outputs)
+            self._doubts.note(name, func, inputs, outputs)
 
     def _multiply(self, product: Product, column: str) -> None:
         """Book one product under the parameters among its operands."""
@@ -215,8 +214,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         macs, (first, second) = product.macs, self._gradients(product)
         if weight is None:
             self._add((None, None), column, _Sum(macs, 0, first + second))
-            hidden = (key for operand in product.operands for o in operand for key in storage_of(o))
-            self._unknown |= {report: None for key in hidden for report in self._doubts.get(key, ())}
+            self._doubts.multiply(product)
             return
         gradients = (first, second) if own else (second, first)
         total = sum(s.stop - s.start for s in weight.slices) or 1
@@ -240,39 +238,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         if tensor.requires_grad or torch.is_grad_enabled():
             return tensor.requires_grad
         return not self._live.isdisjoint(storage_of(tensor))
-
-    def _doubt(self, name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Report the weights whose values an operator computes with.
-
-        After element-wise work or a lookup the result may be a weight (``w * mask``) or an activation
-        (``x + position``): it is reported once a product with no other weight follows. A weight
-        that is multiplied with more elements than its own, and then summed over, is reported as well.
-        """
-        if not outputs or any(self._memory.find(o) for o in outputs):
-            return  # a question about a tensor; a view of a parameter, or a write into one
-        pointwise = torch.Tag.pointwise in func.tags
-        elementwise = pointwise or name in COPIES | JOINS
-        reports: list[str] = []
-        for tensor in inputs:
-            piece = self._memory.find(tensor)
-            if piece is None:
-                before = (self._doubts.get(key, ()) for key in storage_of(tensor) if elementwise)
-                reports += (report for each in before for report in each)
-                if name in SUMMED and outputs[0].dim():
-                    reports += (r for key in storage_of(tensor) for r in self._spread.get(key, ()))
-                continue
-            names = dict.fromkeys(part.name for part in piece.slices)
-            known = [f"{name} ({w})" for w in names if len(self._shapes[w]) > 1]
-            if name == "aten.mul" and (outputs[0].numel(), outputs[0].dim()) > (tensor.numel(), tensor.dim()):
-                self._spread |= dict.fromkeys(storage_of(outputs[0]), known)
-            if pointwise and outputs[0].numel() > tensor.numel():
-                continue  # an activation, such as with a position added
-            if name not in UNCOUNTED:
-                reports += known
-        if elementwise:
-            self._doubts |= {key: reports for o in outputs for key in storage_of(o) if reports}
-        else:
-            self._unknown |= dict.fromkeys(reports)
 
 
 def _is_in_a_custom_function() -> bool:

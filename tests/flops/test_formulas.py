@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_rigl.flops.costs import CostTable, LayerCost, check_convention
 from lightning_rigl.flops.formulas import (
-    CostTable,
-    LayerCost,
     RunCost,
     SampleCost,
     actual_step_cost,
-    check_convention,
     forward_cost,
     sample_cost,
     sample_cost_of,

@@ -13,7 +13,7 @@ from torch import nn
 
 from examples.paper_networks import ResNet50
 from lightning_rigl import ER, ERK, PerLayer, Uniform, UpdateSchedule
-from lightning_rigl.flops.formulas import CostTable, LayerCost
+from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.measure import cost_table, measure, measurement
 from lightning_rigl.flops.plan import model_bytes
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
@@ -164,8 +164,13 @@ def test_the_methods_are_compared_at_one_distance_of_updates(every):
         (LENET, {"sparsity": 1.0}, r"must lie in \[0, 1\), got 1.0"),
         (LENET, {"steps": 0}, "at least 1, got 0"),
         (LENET, {"batch_size": 0}, "at least 1, got 0"),
+        (LENET, {"steps": 10.5}, "at least 1, got 10.5"),
+        (LENET, {"steps": True}, "at least 1, got True"),
+        (LENET, {"batch_size": 2.5}, "at least 1, got 2.5"),
+        ("lenet", {}, "a torch.nn.Module, a CostTable or bare shapes.* got str"),
+        ([(300, 784)], {}, "got list"),
         (LENET, {"convention": "macs"}, "the known ones are 2mac, official"),
-        (LENET, {"method": "snfs"}, "the known ones are .*rigl, set, static"),
+        (LENET, {"method": "snfs"}, "the known ones are .*rigl.*, set, .*static"),
         (measurement(LENET), {"include": ["0"]}, "a Measurement has its layers"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -221,9 +226,11 @@ def test_a_multiple_of_an_unknown_length_and_less_than_a_step_are_refused():
     with pytest.raises(ValueError, match="whose length is unknown; give its steps"):
         steps_for_budget(LENET, budget="1.0x")
     with pytest.raises(
-        ValueError, match="the first step of 64 samples costs 10,222,464; give more, or fewer"
+        ValueError, match=r"the first step of 64 samples costs 10,222,464; give more .a multiple.*, or fewer"
     ):
         steps_for_budget(LENET, budget=10_222_463, batch_size=64)
+    with pytest.raises(ValueError, match=r"has an x, as '1\.0x'"):
+        steps_for_budget(LENET, budget=0.5, steps=1000)
 
 
 # ---------------------------------------------------------------------------------------- the sparsity

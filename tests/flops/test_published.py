@@ -9,7 +9,8 @@ import pytest
 
 from lightning_rigl import ERK, Uniform
 from lightning_rigl.flops.closed_forms import gradual_pruning, rigl, snfs, static
-from lightning_rigl.flops.formulas import CostTable, LayerCost, forward_cost, sample_cost
+from lightning_rigl.flops.costs import CostTable, LayerCost
+from lightning_rigl.flops.formulas import forward_cost, sample_cost
 from lightning_rigl.flops.measure import measure
 from lightning_rigl.flops.runs import run_cost
 from lightning_rigl.model.layers import select
