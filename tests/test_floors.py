@@ -7,7 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_rigl"
 FLOORS = {
-    **dict.fromkeys(("topology", "methods", "flops/formulas", "flops/closed_forms", "flops/runs"), 0),
+    **dict.fromkeys(
+        ("topology", "methods", "flops/costs", "flops/formulas", "flops/closed_forms", "flops/runs"), 0
+    ),
     **dict.fromkeys(("flops", "model", "export", "compute"), 1),
 }
 ALLOWED_THIRD_PARTY = {

@@ -31,6 +31,7 @@ def forward_cost(
         Evci et al., *Rigging the Lottery: Making All Tickets Winners*, ICML 2020, arXiv:1911.11134, app. H.
 
     Example:
+        >>> from lightning_rigl.flops.costs import LayerCost
         >>> table = CostTable((LayerCost("fc.weight", (10, 100), forward=2000, outputs=10),), other=64)
         >>> forward_cost(table), forward_cost(table, {"fc.weight": 50}, "official")
         (2064, 174)
@@ -53,6 +54,7 @@ def actual_step_cost(
         dense_gradient: whether the gradient of inactive connections is computed too.
 
     Example:
+        >>> from lightning_rigl.flops.costs import LayerCost
         >>> first = LayerCost("1.weight", (300, 784), 470400, 300, 0, 470400)
         >>> second = LayerCost("2.weight", (10, 300), 6000, 10, 6000, 6000)
         >>> actual_step_cost(CostTable((first, second)))
@@ -147,6 +149,7 @@ def sample_cost_of(table: CostTable, counts: Mapping[str, int], names: Collectio
         names: parameter names, for instance those of one optimizer of several.
 
     Example:
+        >>> from lightning_rigl.flops.costs import LayerCost
         >>> layers = (LayerCost("a.weight", (10, 100), 2000, 10), LayerCost("b.weight", (5, 10), 100, 5))
         >>> sample_cost_of(CostTable(layers, other=64), {"b.weight": 10}, {"b.weight"}).extra
         80

@@ -101,4 +101,4 @@ def test_a_used_callback_can_be_copied_and_pickled_without_the_model():
     for other in (copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))):
         assert other.report() == counter.report()
         assert other.state_dict() == counter.state_dict()
-    assert len(pickle.dumps(counter)) < 2000
+    assert len(pickle.dumps(counter)) < 2500
