@@ -30,6 +30,7 @@ from lightning_rigl.model import initial_masks
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import Distribution
+from lightning_rigl.topology.growth import Growth
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import UpdateSchedule
 from lightning_rigl.topology.tables import Table, density_table
@@ -59,6 +60,7 @@ class RigLCallback(Callback):
             or the path of a checkpoint or mask file.
         seed: of all randomness here; None is the first process's torch.initial_seed(). The global generator
             is never used.
+        growth: what new connections are worth; None is zero, with fresh optimizer state.
 
     Raises:
         ValueError: bad input, before anything is changed.
@@ -84,6 +86,7 @@ class RigLCallback(Callback):
         exclude: list[str] | None = None,
         init: Literal["random", "magnitude", "nonzero"] | str = "random",
         seed: int | None = None,
+        growth: Growth | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, type(None))):
             raise TypeError(f"seed: an int or None, got {seed!r}")
@@ -97,6 +100,7 @@ class RigLCallback(Callback):
             "exclude": exclude,
             "init": init,
             "seed": seed,
+            "growth": growth,
         }
         initial_masks.check(sparsity, self.settings["distribution"], init)
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
@@ -199,6 +203,12 @@ class RigLCallback(Callback):
             self._say(message)
         log_hyperparameters(trainer, sparsifier, self.settings)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Disturb the weights, if the method does."""
+        self._active().before_forward(trainer.global_step)
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In manual optimization mask the gradients now, or keep them: the user may clip before the step."""
         self._empty_step.backward = True
@@ -206,7 +216,7 @@ class RigLCallback(Callback):
             sparsifier = self._active()
             time = self._clock.time(trainer)
             for optimizer in trainer.optimizers:
-                if not sparsifier.is_due(optimizer, self._clock.step(trainer, optimizer), time):
+                if not sparsifier.reads_gradient(optimizer, self._clock.step(trainer, optimizer), time):
                     sparsifier.mask_gradients(optimizer)
                 elif getattr(trainer.precision_plugin, "scaler", None) is None:  # else they are scaled now
                     sparsifier.keep_gradients(optimizer)
@@ -237,7 +247,7 @@ class RigLCallback(Callback):
         sparsifier.after_step()
         self._clock.settle()
         self._say_what_happened()
-        if sparsifier.mixing:
+        if sparsifier.mixing or sparsifier.method.latent or self._updated:
             mask_averages(trainer, sparsifier)
         log_step(trainer, pl_module, self._levels, event=self._updated)
         self._updated = False

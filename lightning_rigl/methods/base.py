@@ -1,13 +1,14 @@
-"""What a method is: a few declared facts and two scores. It never counts, chooses or changes anything."""
+"""What a method is: a few declared facts and some questions. It never counts, chooses or changes masks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rigl.topology.parts import Part
 from lightning_rigl.topology.schedules import UpdateSchedule
@@ -15,7 +16,7 @@ from lightning_rigl.topology.schedules import UpdateSchedule
 
 @dataclass(frozen=True)
 class Connections:
-    """One layer as a method sees it at an update.
+    """One layer as a method sees it.
 
     Args:
         weight: the layer's values, zero where inactive; read only.
@@ -23,12 +24,21 @@ class Connections:
         grad: the dense gradient of this optimizer step: accumulated, averaged over ranks, unscaled, not
             clipped; float32 at least. None if the method declares that it needs none.
         generator: private randomness on the CPU, the same on every rank and in every resumed run.
+        target: active connections that the distribution gives the layer.
+        notes: tensors that the method keeps of the layer; they change in place, are saved and restored.
     """
 
     weight: Tensor
     mask: Tensor
     grad: Tensor | None
     generator: torch.Generator
+    target: int = 0
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def active(self) -> int:
+        """Active connections."""
+        return int(self.mask.count_nonzero())
 
     def dense_grad(self) -> Tensor:
         """The dense gradient; RuntimeError if the method declared that it needs none."""
@@ -41,15 +51,59 @@ class Connections:
         return torch.rand(self.weight.shape, generator=self.generator).to(self.weight.device)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a method is asked, and how much it may change.
+
+    Args:
+        step: optimizer steps already done.
+        fraction: the drop fraction now, in [0, 1].
+        progress: 0 at the schedule's first update, 1 at its last.
+        rate: the optimizer's learning rate.
+        due: whether the schedule asks for an update.
+        numbers: what the method keeps of the whole model; it changes in place, is saved and restored.
+    """
+
+    step: int
+    fraction: float = 0.0
+    progress: float = 1.0
+    rate: float = 0.0
+    due: bool = True
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The model before its first step, for methods that score all connections then.
+
+    Args:
+        model: a copy of the model; it may be changed.
+        loss: runs ``model`` on the first batch and returns its loss, with a graph.
+        forward: runs ``model`` forward on a tensor.
+        example: the first floating tensor of the first batch; None if there is none.
+        parameters: cleaned name -> the sparse parameters of ``model``.
+        targets: cleaned name -> active connections that the distribution gives each.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    forward: Callable[[Tensor], Tensor]
+    example: Tensor | None
+    parameters: dict[str, nn.Parameter]
+    targets: dict[str, int]
+
+
 class Method(Part):
     """A sparse training method: which connections are worth keeping, and which are worth growing.
 
     Facts (class attributes), with their defaults:
         gradient: when the dense gradient is read: ``never``, ``at_updates`` or ``every_step``.
         starts_dense: training starts with all connections active.
-        scope: counts hold per ``layer`` or over the whole ``model``.
-        latent: values of inactive connections are kept and trained.
+        scope: `turnover` sees one ``layer`` at a time, or the whole ``model``.
+        latent: what is trained is a variable of its own, from which mask and weight follow at each step.
         schedule: the method's own default schedule; None if it never updates.
+
+    Most methods are two scores. The other questions have an answer that most methods keep.
 
     Example:
         A control that keeps the largest weights and grows at random is SET:
@@ -78,17 +132,44 @@ class Method(Part):
     def grow_score(self, layer: Connections) -> Tensor:
         """How promising each connection is: the highest outside the kept ones grow. Shape of the weight."""
 
+    def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
+        """How many connections each layer drops and grows at an update; the drop fraction of each, if equal.
 
-def runnable(method: Method) -> Method:
-    """The method, if this version can run it; ValueError if it declares a fact that has no engine yet."""
-    facts = {
-        "gradient='every_step'": method.gradient == "every_step",
-        "starts_dense": method.starts_dense,
-        "scope='model'": method.scope == "model",
-        "latent": method.latent,
-    }
-    if missing := [fact for fact, declared in facts.items() if declared]:
-        raise ValueError(
-            f"method {type(method).__name__} declares {', '.join(missing)}, which this version does not run"
-        )
-    return method
+        A layer that drops and grows nothing keeps its mask, as one whose connections are all active does.
+        """
+        active = [0 if layer.mask.all() else layer.active for layer in layers]
+        return [(int(moment.fraction * count),) * 2 for count in active]
+
+    def look(self, probe: Probe) -> dict[str, Tensor]:
+        """Scores of all connections before the first step, by name: they become ``notes["score"]``."""
+        raise NotImplementedError
+
+    def observe(self, layer: Connections, moment: Moment) -> None:
+        """Look at a layer before each optimizer step, and keep what is needed later in its notes."""
+        raise NotImplementedError
+
+    def disturb(self, layer: Connections) -> Tensor:
+        """Factors of the weights in the next training step, such as 0 for a connection that takes no part."""
+        raise NotImplementedError
+
+    def settle(self, layer: Connections, moment: Moment) -> Tensor:
+        """The values after each optimizer step, if the method moves them too."""
+        raise NotImplementedError
+
+    def begin(self, layer: Connections) -> Tensor:
+        """What a latent method trains at first: the weight."""
+        return layer.weight.clone()
+
+    def pull(self, layer: Connections, variable: Tensor) -> Tensor:
+        """The gradient of a latent method's variable: that of the weight, straight through."""
+        return layer.dense_grad()
+
+    def project(
+        self, layers: Sequence[Connections], variables: Sequence[Tensor], moment: Moment
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Mask and values that follow from a latent method's variables, after each step."""
+        raise NotImplementedError
+
+    def has(self, question: str) -> bool:
+        """Whether the method answers one of the questions above that most methods leave alone."""
+        return getattr(type(self), question) is not getattr(Method, question)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rigl.methods.base import Method
 from lightning_rigl.model import layers, mask_files, sharding
+from lightning_rigl.model.sparse_layer import private_generator
 from lightning_rigl.topology.distributions import ERK, Distribution, PerLayer, check_sparsity
+from lightning_rigl.topology.growth import Growth
 from lightning_rigl.topology.patterns import Pattern
 
 INITS = ("random", "magnitude", "nonzero")
@@ -25,8 +27,12 @@ def first_masks(
     exclude: Sequence[str] | None,
     init: str | Path | Mapping[str, Tensor],
     seed: int,
-) -> dict[str, Tensor]:
-    """The masks that a training starts with; the arguments are those of `Sparsifier`. Changes nothing."""
+    method: Method,
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The masks that a training starts with, and how many connections each layer is to have in the end.
+
+    The arguments are those of `Sparsifier`. Changes nothing.
+    """
     check(sparsity, distribution, init)
     if empty := [name for name, parameter in layers.named_parameters(model).items() if parameter.is_meta]:
         raise ValueError(f"{empty[0]} is on the meta device, without values; materialize the model first")
@@ -34,15 +40,34 @@ def first_masks(
     if isinstance(init, str) and init in INITS:
         chosen = layers.select(model, include, exclude)
         if init == "nonzero":
-            return nonzero_masks(chosen)
+            masks = nonzero_masks(chosen)
+            return masks, {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         counts = distribution.counts({name: p.shape for name, p in chosen.items()}, overall)
-        return drawn_masks(chosen, counts, pattern, init == "magnitude", seed)
-    masks = mask_files.load_masks(init) if isinstance(init, (str, Path)) else init
+        masks = drawn_masks(chosen, counts, pattern, init == "magnitude", seed)
+        targets = {name: pattern.fit(chosen[name].shape, count) for name, count in counts.items()}
+        if method.starts_dense:
+            masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
+        return masks, targets
+    given = mask_files.load_masks(init) if isinstance(init, (str, Path)) else init
     parameters = layers.named_parameters(model)
     dense = layers.matching(model, exclude or (), "exclude")
-    masks = {name: mask for name, mask in masks.items() if name not in dense}
+    masks = {name: mask for name, mask in given.items() if name not in dense}
     mask_files.check_masks(masks, parameters)
-    return {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
+    masks = {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
+    return masks, {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+
+
+def refuse_shards(
+    parameters: Mapping[str, nn.Parameter], masks: Iterable[str], method: Method, growth: Growth
+) -> None:
+    """Raise ValueError for what is not known of parameters that are sharded over processes."""
+    sharded = [name for name in masks if sharding.is_sharded(parameters[name])]
+    asks = [question for question in ("observe", "disturb", "settle", "look") if method.has(question)]
+    if sharded and (asks or method.latent or growth != Growth()):
+        raise ValueError(
+            f"{sharded[0]} is sharded over processes, and {type(method).__name__} with growth={growth} needs "
+            "it whole: train with DDP, or with a method of two scores and growth=None"
+        )
 
 
 def check(sparsity: float | dict[str, float], distribution: Distribution, init: object) -> None:
@@ -61,12 +86,6 @@ def check(sparsity: float | dict[str, float], distribution: Distribution, init: 
             f"init={init!r} is no known name and no file; the known ones are {known}, or give the path of a "
             "checkpoint or of masks saved with torch.save"
         )
-
-
-def private_generator(seed: int, name: str, step: int) -> torch.Generator:
-    """Randomness of its own for one layer at one step: the same on every rank, device and resumed run."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def drawn_masks(

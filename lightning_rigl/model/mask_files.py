@@ -16,7 +16,7 @@ from lightning_rigl.topology import bits
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.patterns import Pattern
 
-VERSION = 1  # of the saved state
+VERSION = 2  # of the saved state
 
 
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -40,7 +40,7 @@ def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
     """
     optimizer = _innermost(optimizer)
     for group in optimizer.param_groups:
-        members = {p: _elementwise(optimizer, p) for p in group["params"] if p in changed}
+        members = {p: elementwise(optimizer, p) for p in group["params"] if p in changed}
         fresh = _fresh(optimizer, group, next(iter(members))) if any(members.values()) else {}
         for parameter, state in members.items():
             for key, tensor in state.items():
@@ -54,7 +54,7 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The state tensors that hold one number for each weight of the parameter."""
     state = {
         k: v for k, v in optimizer.state.get(parameter, {}).items() if isinstance(v, Tensor) and k != "step"
@@ -77,4 +77,4 @@ def _fresh(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Paramet
         twin.step()
     except Exception:  # its constructor wants more than settings: 0 is the fresh value of nearly all state
         return {}
-    return {key: float(value.reshape(-1)[0]) for key, value in _elementwise(twin, probe).items()}
+    return {key: float(value.reshape(-1)[0]) for key, value in elementwise(twin, probe).items()}

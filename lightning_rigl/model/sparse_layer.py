@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.methods.base import Connections
 from lightning_rigl.model import sharding
 from lightning_rigl.topology import bits
 
@@ -27,36 +30,41 @@ class SparseLayer:
         self.mask = mask if sharding.is_sharded(mask) else sharding.shard(mask, parameter)
         self.last = -1  # the step of the last update
         self.kept: Tensor | None = None  # a gradient that may be clipped before the update
-        self._recount()
-
-    def _recount(self) -> None:
-        """Count the mask, make its integer form (a full layer needs none), and mask the weight."""
-        whole = sharding.full(self.mask)
-        self.count = int(whole.count_nonzero())
-        self._digest = bits.digest(whole) if sharding.together() else None
-        own, weight = sharding.local(self.mask), sharding.local(self.parameter.detach())
-        partial = self.count < self.mask.numel()
-        self._integers = bits.integer_mask(own, weight) if partial else None
-        self.mask_weight()
-
-    def load(self, mask: Tensor) -> None:
-        """Take another mask, with a count of its own."""
-        sharding.local(self.mask).copy_(sharding.local(sharding.shard(mask, self.parameter)))
-        self._recount()
+        self.target = 0  # active connections that the distribution gives it
+        self.notes: dict[str, Tensor] = {}  # what the method keeps of it
+        self._integers: Tensor | None = None
+        self.replace(sharding.full(self.mask))
 
     def replace(self, mask: Tensor) -> Tensor:
-        """Take a new mask, whole, of the same count; returns where it changed, of what this process holds.
+        """Take a mask, whole; returns where it changed, of what this process holds.
 
         Dropped weights become zero, grown ones are it.
         """
         new, own = sharding.local(sharding.shard(mask, self.parameter)), sharding.local(self.mask)
         changed = own ^ new
         own.copy_(new)
-        if self._integers is not None:
+        self.count = int(mask.count_nonzero())
+        if self.count == mask.numel():
+            self._integers = None  # a full layer needs none
+        elif self._integers is None:
+            self._integers = bits.integer_mask(own, sharding.local(self.parameter.detach()))
+        else:
             self._integers.copy_(new).neg_()
         self._digest = bits.digest(mask) if sharding.together() else None
         self.mask_weight()
         return changed
+
+    def connections(self, seed: int, step: int, with_gradient: bool) -> Connections:
+        """The layer as a method sees it: whole, its values in at least 32 bits."""
+        grad = self.gradient if with_gradient else None
+        return Connections(
+            _wide(sharding.full(self.parameter.detach())),
+            sharding.full(self.mask),
+            None if grad is None else _wide(sharding.full(grad)),
+            private_generator(seed, self.name, step),
+            self.target,
+            self.notes,
+        )
 
     @property
     def digest(self) -> int:
@@ -111,6 +119,16 @@ class SparseLayer:
         own = sharding.local(copy)
         own.masked_fill_(self.inactive().to(own.device), 0)
         return copy
+
+
+def private_generator(seed: int, name: str, step: int) -> torch.Generator:
+    """Randomness of its own for one layer at one step: the same on every rank, device and resumed run."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.element_size() < 4 else values
 
 
 class SparseLayers(dict[str, SparseLayer]):

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rigl.methods.base import Method, runnable
-from lightning_rigl.model import initial_masks, layers, mask_files, optimizer_state, sharding
-from lightning_rigl.model.new_mask import new_mask
+from lightning_rigl.methods.base import Method, Moment
+from lightning_rigl.model import initial_masks, latent, layers, mask_files, optimizer_state, sharding
+from lightning_rigl.model.around_step import AroundStep
+from lightning_rigl.model.grown import INITIAL, grown
+from lightning_rigl.model.new_masks import new_masks
 from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers, last_update
 from lightning_rigl.topology.distributions import Distribution
+from lightning_rigl.topology.growth import Growth
 from lightning_rigl.topology.patterns import Pattern
 from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
 from lightning_rigl.topology.tables import Table, density_table
 
-_PLAIN = ("updates", "drop_fraction", "seed", "mixing")  # saved as they are
+_PLAIN = ("updates", "drop_fraction", "seed", "mixing", "numbers")  # saved as they are
 
 
 class Sparsifier:
@@ -44,6 +47,7 @@ class Sparsifier:
             of a checkpoint or mask file, or masks (cleaned parameter name -> bool tensor). Given masks and
             the non-zeros decide the counts themselves.
         seed: of all randomness here; None is ``torch.initial_seed()``. The global generator is never used.
+        growth: what new connections are worth.
 
     Raises:
         ValueError: bad input; nothing has been changed then. The message names the way out.
@@ -75,28 +79,40 @@ class Sparsifier:
         exclude: Sequence[str] | None = None,
         init: str | Mapping[str, Tensor] = "random",
         seed: int | None = None,
+        growth: Growth | None = None,
     ) -> None:
         distribution = Distribution.of(distribution)
         self.model = model
-        self.method = runnable(Method.of(method))
+        self.method = Method.of(method)
+        self.growth = Growth() if growth is None else growth
         self.pattern = Pattern.of(pattern)
         self.identity = mask_files.identity(
             sparsity, self.method, distribution, self.pattern, include, exclude
         )
         self.schedule = schedule if schedule and self.method.schedule else self.method.schedule
         self.seed = torch.initial_seed() if seed is None else seed
-        masks = initial_masks.first_masks(
-            model, sparsity, distribution, self.pattern, include, exclude, init, self.seed
+        masks, targets = initial_masks.first_masks(
+            model, sparsity, distribution, self.pattern, include, exclude, init, self.seed, self.method
         )
-        self.layers = SparseLayers(layers.named_parameters(model), masks)
+        parameters = layers.named_parameters(model)
+        initial_masks.refuse_shards(parameters, masks, self.method, self.growth)
+        initial = {name: parameters[name].detach().clone() for name in masks if self.growth.values == INITIAL}
+        self.layers = SparseLayers(parameters, masks)
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
         self.drop_fraction = 0.0  # of the last update
         self.postponed = 0  # updates put off because a gradient was not finite
         self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
         self.timetable: Timetable | None = None
+        self.numbers: dict[str, float] = {}  # what the method keeps of the whole model
         self._zeros_unchecked = True  # until an optimizer has made a step
         self._stepped = False  # the last step was an optimizer's, no update
+        self._around = AroundStep(self) if AroundStep.needed(self) else None
+        for name, layer in self.layers.items():
+            layer.target = targets[name]
+            layer.notes.update({INITIAL: initial[name]} if name in initial else {})
+        if self.method.latent:
+            latent.begin(list(self.layers.values()), self.method, self.seed)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -133,11 +149,15 @@ class Sparsifier:
     def reset_state(self, optimizer: Optimizer) -> None:
         """Make an optimizer's state fresh where connections are inactive, in case it has trained densely."""
         inactive = {layer.parameter: layer.inactive() for layer in self.layers.of(optimizer)}
-        optimizer_state.reset(optimizer, inactive)
+        optimizer_state.reset(optimizer, {} if self.method.latent else inactive)
 
     def is_due(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
         """Whether `before_step` would update the topology, if the gradients are finite."""
         return self._due(self.layers.of(optimizer), step, clock)
+
+    def reads_gradient(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
+        """Whether `before_step` would read the gradients of inactive connections."""
+        return self.method.gradient == "every_step" or self.is_due(optimizer, step, clock)
 
     def _due(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> bool:
         if self.timetable is None and self.schedule is not None:
@@ -148,8 +168,9 @@ class Sparsifier:
         """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
         An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
-        the step that follows changes nothing. One that meets a non-finite gradient is postponed; a step whose
-        update is done already (in a resumed run) changes nothing.
+        the step that follows changes nothing; where the schedule says so, it follows that step. One that
+        meets a non-finite gradient is postponed; a step whose update is done (in a resumed run) changes
+        nothing.
 
         Args:
             optimizer: the one about to step; only the layers among its parameters are touched.
@@ -157,7 +178,7 @@ class Sparsifier:
             clock: the time by which the schedule's ``end`` is told; None is ``step``.
 
         Returns:
-            Whether the topology was updated.
+            Whether the topology is updated.
 
         Raises:
             RuntimeError: before `start`; or processes of a distributed run have come to different masks.
@@ -167,18 +188,32 @@ class Sparsifier:
         if due and not self._gradients_are_finite(own):
             self.postponed += 1
             due = False
-        self._stepped = not due
-        if due:
-            self.update(optimizer, step, clock)
-        elif own and last_update(own, step) == step:
+        skips = due and self.timetable is not None and self.timetable.policy == "skip_step"
+        self._stepped = not skips
+        if own and last_update(own, step) == step:
             _drop_gradients(optimizer)
-        else:
+            return False
+        if self._around and own:
+            self._around.before_step(optimizer, own, self._moment(optimizer, step, clock, due), skips)
+        if skips:
+            self.update(optimizer, self._moment(optimizer, step, clock, due))
+            _drop_gradients(optimizer)
+        elif not self.method.latent:
             self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
             for layer in own:
                 layer.mask_gradient()
-        for layer in own:
+        for layer in own if skips or not due else ():
             layer.kept = None
         return due
+
+    def _moment(self, optimizer: Optimizer, step: int, clock: float | None, due: bool = True) -> Moment:
+        time, group = step if clock is None else clock, optimizer.param_groups[0]
+        rate = float(group["lr"])
+        first = float(group.get("initial_lr", self.numbers.setdefault("first_rate", rate))) or 1.0
+        if (times := self.timetable) is None:
+            return Moment(step, rate=rate, due=due, numbers=self.numbers)
+        fraction = times.fraction(time, rate / first)
+        return Moment(step, fraction, times.progress(time), rate, due, self.numbers)
 
     def mask_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients of inactive connections; `before_step` does it on every ordinary step."""
@@ -190,8 +225,16 @@ class Sparsifier:
         for layer in self.layers.of(optimizer):
             layer.keep_gradient()
 
+    def before_forward(self, step: int) -> None:
+        """Disturb the weights for a training step, if the method does; step: optimizer steps done."""
+        if self._around:
+            self._around.disturb(list(self.layers.values()), step)
+
     def after_step(self) -> None:
         """Restore the zeros if an optimizer moves inactive weights; checks for that after the first step."""
+        if self._around:
+            self._around.after_step()
+            self._around.rest()
         if self._zeros_unchecked and self._stepped:
             self._zeros_unchecked = False
             self.check_zeros()
@@ -199,33 +242,34 @@ class Sparsifier:
             self.mask_weights()
 
     @torch.no_grad()
-    def update(self, optimizer: Optimizer, step: int, clock: float | None = None) -> None:
-        """Drop and grow in every layer of the optimizer, in place of its step; arguments as in `before_step`.
+    def update(self, optimizer: Optimizer, moment: Moment) -> None:
+        """Drop and grow in every layer of the optimizer.
 
-        Weights and optimizer state are fresh where the mask changed; connections that are dropped and grown
-        again keep both. Of sharded parameters one layer at a time is gathered.
+        Optimizer state is fresh where the mask changed; connections that are dropped and grown again keep
+        value and state. Of sharded parameters one layer at a time is gathered.
         """
         self.check_zeros()
-        self.drop_fraction = (
-            self.timetable.fraction(step if clock is None else clock) if self.timetable else 0.0
-        )
-        changed = {}
-        for layer in self.layers.of(optimizer):
-            layer.last = step
-            count = int(self.drop_fraction * layer.count)
-            if count > 0 and layer.count < layer.mask.numel() and layer.parameter.requires_grad:
-                changed[layer.parameter] = layer.replace(self._new_mask(layer, count, step))
+        changed, new = {}, []
+        own = self.layers.of(optimizer)
+        for layer, before, kept, mask in new_masks(own, self.method, self.pattern, moment, self.seed):
+            if self.growth != Growth():
+                new.append(grown(layer, before, kept, mask, self.growth))
+            changed[layer.parameter] = layer.replace(mask)
+        for each in new:
+            each.fill()
+            changed[each.layer.parameter] |= each.where
         optimizer_state.reset(optimizer, changed)
-        _drop_gradients(optimizer)
+        for each in new:
+            each.remember(optimizer)
+        self.count_update(own, moment)
+
+    def count_update(self, own: Sequence[SparseLayer], moment: Moment) -> None:
+        """An update of these layers is done."""
+        for layer in own:
+            layer.last = moment.step
+        self.drop_fraction = moment.fraction
         self.updates += 1
         self.layers.check_agreement()
-
-    def _new_mask(self, layer: SparseLayer, count: int, step: int) -> Tensor:
-        grad = layer.gradient if self.method.gradient != "never" else None
-        weight, mask = sharding.full(layer.parameter.detach()), sharding.full(layer.mask)
-        grad = grad if grad is None else sharding.full(grad)
-        generator = initial_masks.private_generator(self.seed, layer.name, step)
-        return new_mask(weight, mask, grad, count, self.method, self.pattern, generator)
 
     def mask_weights(self) -> None:
         """Set the inactive weights to zero."""
@@ -263,6 +307,8 @@ class Sparsifier:
             "identity": self.identity,
             "masks": mask_files.pack_masks(self.masks),
             "last": {name: layer.last for name, layer in self.layers.items()},
+            "targets": {name: layer.target for name, layer in self.layers.items()},
+            "notes": {name: layer.notes for name, layer in self.layers.items() if layer.notes},
             "timetable": asdict(self.timetable) if self.timetable else None,
             **{name: getattr(self, name) for name in _PLAIN},
         }
@@ -278,8 +324,11 @@ class Sparsifier:
         if missing := self.layers.keys() - masks.keys():
             raise ValueError(f"masks do not fit the model: there are none for {', '.join(sorted(missing))}")
         for name, layer in self.layers.items():
-            layer.load(masks[name])
-            layer.last = state["last"][name]
+            layer.replace(masks[name])
+            layer.last, layer.target = state["last"][name], state["targets"][name]
+            layer.notes = {
+                key: v.to(layer.parameter.device) for key, v in state["notes"].get(name, {}).items()
+            }
         for name in _PLAIN:
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Decay = Literal["cosine", "linear", "inverse_power", "constant"]
+Decay = Literal["cosine", "linear", "inverse_power", "constant", "learning_rate"]
+Policy = Literal["skip_step", "after_step"]
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "linear": lambda progress: 1 - progress,
     "inverse_power": lambda progress: (1 - progress) ** 3,
     "constant": lambda progress: 1.0,
+    "learning_rate": lambda progress: 1.0,
 }
 
 
@@ -30,10 +32,12 @@ class UpdateSchedule:
         every: steps between updates, at least 1 (Delta T in the paper).
         drop_fraction: share of a layer's active connections replaced at t = 0, in [0, 1] (alpha).
         decay: how the drop fraction falls: ``cosine``, ``linear`` (1 - t/end), ``inverse_power``
-            (1 - t/end)^3, or ``constant``.
+            (1 - t/end)^3, ``constant``, or with the optimizer's ``learning_rate``, as a share of its first.
         begin: first update; None means ``every`` (before any training, |w| is only noise), 0 is the paper's
             Algorithm 1 to the letter.
         end: no update is due at this step or later.
+        policy: an update takes the place of the optimizer step (``skip_step``, the paper), or follows it
+            (``after_step``), with the gradient of that step.
 
     Raises:
         ValueError: a value outside its range; ``end <= begin`` given in steps.
@@ -55,6 +59,7 @@ class UpdateSchedule:
     decay: Decay = "cosine"
     begin: int | float | None = None
     end: int | float = 0.75
+    policy: Policy = "skip_step"
 
     def __post_init__(self) -> None:
         every = self.every
@@ -76,6 +81,9 @@ class UpdateSchedule:
             )
         if not isinstance(self.decay, str) or self.decay not in _DECAYS:
             raise ValueError(f"decay: unknown name {self.decay!r}; the known ones are {', '.join(_DECAYS)}")
+        if self.policy not in get_args(Policy):
+            known = ", ".join(get_args(Policy))
+            raise ValueError(f"policy: unknown name {self.policy!r}; the known ones are {known}")
         begin = self.every if self.begin is None else self.begin
         if type(self.end) is type(begin) and self.end <= begin:
             first = f"every={begin}, the first update" if self.begin is None else f"begin={begin}"
@@ -102,7 +110,7 @@ class UpdateSchedule:
                 "length of training is unknown; give end=<steps>, or limit the training with max_steps"
             )
         begin, end = (m if isinstance(m, int) else math.floor(m * (total or 0)) for m in (begin, self.end))
-        return Timetable(self.every, self.drop_fraction, self.decay, begin, end)
+        return Timetable(self.every, self.drop_fraction, self.decay, begin, end, self.policy)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Timetable:
     decay: Decay
     begin: int
     end: int
+    policy: Policy = "skip_step"
 
     def due(self, step: int, last: int, clock: float | None = None) -> bool:
         """Whether an update is due at ``step`` (steps already done) if the last one took place at ``last``.
@@ -124,9 +133,15 @@ class Timetable:
             return False
         return step - (step - self.begin) % self.every > last
 
-    def fraction(self, step: float) -> float:
-        """The drop fraction at ``step``, in [0, ``drop_fraction``]; 0 from ``end`` on."""
-        return self.drop_fraction * _DECAYS[self.decay](step / self.end) if step < self.end else 0.0
+    def fraction(self, step: float, rate: float = 1.0) -> float:
+        """The drop fraction at ``step``, in [0, 1]; 0 from ``end`` on. ``rate``: a share of the first one."""
+        factor = rate if self.decay == "learning_rate" else _DECAYS[self.decay](step / max(self.end, 1))
+        return min(self.drop_fraction * factor, 1.0) if step < self.end else 0.0
+
+    def progress(self, step: float) -> float:
+        """How far the updates are: 0 at the first, exactly 1 at the last (and 1 if there is only one)."""
+        last = self.begin + (self.end - 1 - self.begin) // self.every * self.every
+        return min(max((step - self.begin) / (last - self.begin), 0.0), 1.0) if last > self.begin else 1.0
 
 
 def _moment(name: str, value: object) -> int | float:

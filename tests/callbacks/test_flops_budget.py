@@ -112,7 +112,7 @@ class TestTheLastStepIsTheLastThatFits:
         class EveryStep(pl.Callback):  # in place of a method that no version runs yet
             def on_train_start(self, trainer, module):
                 rigl = trainer.callbacks[-1]
-                rigl.sparsifier.method = SimpleNamespace(gradient="every_step")
+                rigl.sparsifier.method = SimpleNamespace(gradient="every_step", latent=False)
 
         class Frozen(RigLCallback):
             def on_before_optimizer_step(self, trainer, module, optimizer):

@@ -27,6 +27,7 @@ SETTINGS = {  # as text: a logger may keep all hyperparameters as text
     "sparsity/exclude": "None",
     "sparsity/init": "random",
     "sparsity/seed": "3",
+    "sparsity/growth": "None",
     "sparsity/end": "30",
 }
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl import ERK, Method, PerLayer, Sparsifier, Uniform, UpdateSchedule, load_masks
-from lightning_rigl.model.initial_masks import private_generator
+from lightning_rigl.methods.base import Moment
+from lightning_rigl.model.sparse_layer import private_generator
 from tests.model.problems import MIXING, OPTIMIZERS, batches, network
 
 SCHEDULE = UpdateSchedule(every=5, end=24, drop_fraction=0.5)
@@ -403,20 +404,6 @@ def test_bad_input_is_refused_before_anything_is_changed(arguments, message):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_method_whose_facts_have_no_engine_is_refused():
-    class Global(Method):
-        scope = "model"
-
-        def drop_score(self, layer):
-            return layer.weight.abs()
-
-        def grow_score(self, layer):
-            return layer.random()
-
-    with pytest.raises(ValueError, match="scope='model'"):
-        Sparsifier(network(), method=Global())
-
-
 @pytest.mark.parametrize("score", [None, torch.ones(3), 1.0])
 def test_a_score_of_another_shape_is_refused(score):
     class Wrong(Method):
@@ -430,7 +417,7 @@ def test_a_score_of_another_shape_is_refused(score):
     sparsifier = Sparsifier(model, method=Wrong(), schedule=SCHEDULE)
     sparsifier.start()
     with pytest.raises(ValueError, match=r"Wrong: a score has the weight's shape \(16, 12\)"):
-        sparsifier.update(torch.optim.SGD(model.parameters(), 0.1), 5)
+        sparsifier.update(torch.optim.SGD(model.parameters(), 0.1), Moment(5, 0.3))
 
 
 def test_the_state_of_a_dense_training_is_reset_where_connections_are_inactive():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_rigl import Sparsifier, UpdateSchedule
-from lightning_rigl.model.initial_masks import private_generator
+from lightning_rigl.model.sparse_layer import private_generator
 from tests import reference
 from tests.model.problems import batches, network
 

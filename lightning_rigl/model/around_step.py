@@ -1,0 +1,101 @@
+"""Methods that do something at every step, and updates that follow the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_rigl.methods.base import Moment
+from lightning_rigl.model import latent
+from lightning_rigl.model.sparse_layer import SparseLayer
+
+if TYPE_CHECKING:
+    from lightning_rigl.model.sparsifier import Sparsifier
+
+
+class AroundStep:
+    """What a step of the optimizer is surrounded by, beside the masking of gradients.
+
+    Args:
+        sparsifier: whose method it is.
+    """
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self._sparsifier = sparsifier
+        self._method = sparsifier.method
+        self._after: Callable[[], None] | None = None  # what follows the optimizer's step
+        self._hook: Any = None  # that calls it
+        self._disturbed: dict[SparseLayer, tuple[Tensor, Tensor]] = {}  # the weight at rest, and its factors
+
+    @staticmethod
+    def needed(sparsifier: Sparsifier) -> bool:
+        """Whether the method or the schedule asks for more than updates in place of a step."""
+        method, schedule = sparsifier.method, sparsifier.schedule
+        questions = any(method.has(question) for question in ("observe", "disturb", "settle"))
+        return questions or method.latent or (schedule is not None and schedule.policy == "after_step")
+
+    def before_step(
+        self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment, skips: bool
+    ) -> None:
+        """Show the layers to the method; prepare what follows the step, if an update does not skip it."""
+        seed = self._sparsifier.seed
+        self.rest(own)
+        if self._method.has("observe"):
+            for layer in own:
+                self._method.observe(layer.connections(seed, moment.step, with_gradient=True), moment)
+        if skips:
+            return
+        if moment.due and self._method.gradient != "never":
+            for layer in own:
+                layer.keep_gradient()
+        if self._method.latent:
+            latent.pull(own, self._method, moment.step, seed)
+        self._after = partial(self._follow, optimizer, own, moment)
+        self._hook = optimizer.register_step_post_hook(lambda *_: self.after_step())
+
+    def after_step(self) -> None:
+        """Do what follows the optimizer's step, once; also where a scaler has left the step out."""
+        if self._after is not None:
+            after, self._after = self._after, None
+            self._hook.remove()
+            after()
+
+    @torch.no_grad()
+    def _follow(self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment) -> None:
+        sparsifier, seed = self._sparsifier, self._sparsifier.seed
+        if self._method.has("settle"):
+            for layer in own:
+                seen = layer.connections(seed, moment.step, with_gradient=False)
+                layer.parameter.copy_(self._method.settle(seen, moment))
+        if self._method.latent:
+            latent.push(own)
+            latent.project(own, self._method, moment, seed)
+            if moment.due:
+                sparsifier.count_update(own, moment)
+        elif moment.due:
+            sparsifier.update(optimizer, moment)
+        for layer in own:
+            layer.kept = None
+
+    @torch.no_grad()
+    def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
+        """Multiply the weights by the method's factors, for the forward pass of a training step."""
+        for layer in layers if self._method.has("disturb") and not self._disturbed else ():
+            seen = layer.connections(self._sparsifier.seed, step, with_gradient=False)
+            factors = self._method.disturb(seen).to(layer.parameter.dtype)
+            self._disturbed[layer] = layer.parameter.detach().clone(), factors
+            layer.parameter.mul_(factors)
+
+    @torch.no_grad()
+    def rest(self, own: Sequence[SparseLayer] | None = None) -> None:
+        """Put the weights back; of those that are about to be trained, the gradients get the factors too."""
+        for layer in list(self._disturbed) if own is None else [x for x in own if x in self._disturbed]:
+            weight, factors = self._disturbed.pop(layer)
+            layer.parameter.copy_(weight)
+            if own is not None and layer.parameter.grad is not None:
+                layer.parameter.grad.mul_(factors)

@@ -1,0 +1,45 @@
+"""One update: scores asked of the method, counted and chosen by the pattern, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lightning_rigl.methods.base import Connections, Method, Moment
+from lightning_rigl.model.sparse_layer import SparseLayer
+from lightning_rigl.topology.patterns import Pattern
+
+
+def new_masks(
+    layers: Sequence[SparseLayer], method: Method, pattern: Pattern, moment: Moment, seed: int
+) -> Iterator[tuple[SparseLayer, Connections, Tensor, Tensor]]:
+    """Layers that an update changes, as the method sees them, what it keeps, and the mask. Changes nothing.
+
+    Unless the method counts over the whole model, one layer after the other is looked at. A layer that is
+    frozen, or has no gradient in this step where the method needs one, keeps its mask.
+
+    Raises:
+        ValueError: a score of the method has another shape than the weight.
+    """
+    reads = method.gradient != "never"
+    able = [x for x in layers if x.parameter.requires_grad and (x.gradient is not None or not reads)]
+    for group in [able] if method.scope == "model" else [[layer] for layer in able]:
+        seen = [layer.connections(seed, moment.step, reads) for layer in group]
+        counts = method.turnover(seen, moment) if seen else []
+        for layer, own, (dropped, grown) in zip(group, seen, counts, strict=True):
+            if dropped or grown:
+                kept = mask = own.mask
+                if dropped:
+                    kept = mask = pattern.drop(_checked(method.drop_score(own), own, method), kept, dropped)
+                if grown:
+                    mask = pattern.grow(_checked(method.grow_score(own), own, method), kept, grown)
+                yield layer, own, kept, mask
+
+
+def _checked(scores: Tensor, layer: Connections, method: Method) -> Tensor:
+    shape = tuple(layer.weight.shape)
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+        raise ValueError(f"method {type(method).__name__}: a score has the weight's shape {shape}, got {got}")
+    return scores
