@@ -4,38 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rigl.methods.base import Moment
+from lightning_rigl.methods.base import Method, Moment
 from lightning_rigl.model import latent
 from lightning_rigl.model.sparse_layer import SparseLayer
-
-if TYPE_CHECKING:
-    from lightning_rigl.model.sparsifier import Sparsifier
+from lightning_rigl.topology.schedules import UpdateSchedule
 
 
 class AroundStep:
     """What a step of the optimizer is surrounded by, beside the masking of gradients.
 
     Args:
-        sparsifier: whose method it is.
+        method: what it does at each step.
+        seed: of its randomness.
+        update: updates the topology of an optimizer's layers.
+        count: takes note of an update of layers that is done.
     """
 
-    def __init__(self, sparsifier: Sparsifier) -> None:
-        self._sparsifier = sparsifier
-        self._method = sparsifier.method
+    def __init__(
+        self,
+        method: Method,
+        seed: int,
+        update: Callable[[Optimizer, Moment], None],
+        count: Callable[[Sequence[SparseLayer], Moment], None],
+    ) -> None:
+        self._method, self._seed, self._update, self._count = method, seed, update, count
         self._after: Callable[[], None] | None = None  # what follows the optimizer's step
         self._hook: Any = None  # that calls it
         self._disturbed: dict[SparseLayer, tuple[Tensor, Tensor]] = {}  # the weight at rest, and its factors
 
     @staticmethod
-    def needed(sparsifier: Sparsifier) -> bool:
+    def needed(method: Method, schedule: UpdateSchedule | None) -> bool:
         """Whether the method or the schedule asks for more than updates in place of a step."""
-        method, schedule = sparsifier.method, sparsifier.schedule
         questions = any(method.has(question) for question in ("observe", "disturb", "settle"))
         return questions or method.latent or (schedule is not None and schedule.policy == "after_step")
 
@@ -43,7 +48,7 @@ class AroundStep:
         self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment, skips: bool
     ) -> None:
         """Show the layers to the method; prepare what follows the step, if an update does not skip it."""
-        seed = self._sparsifier.seed
+        seed = self._seed
         self.rest(own)
         if self._method.has("observe"):
             for layer in own:
@@ -67,7 +72,7 @@ class AroundStep:
 
     @torch.no_grad()
     def _follow(self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment) -> None:
-        sparsifier, seed = self._sparsifier, self._sparsifier.seed
+        seed = self._seed
         if self._method.has("settle"):
             for layer in own:
                 seen = layer.connections(seed, moment.step, with_gradient=False)
@@ -76,9 +81,9 @@ class AroundStep:
             latent.push(own)
             latent.project(own, self._method, moment, seed)
             if moment.due:
-                sparsifier.count_update(own, moment)
+                self._count(own, moment)
         elif moment.due:
-            sparsifier.update(optimizer, moment)
+            self._update(optimizer, moment)
         for layer in own:
             layer.kept = None
 
@@ -86,7 +91,7 @@ class AroundStep:
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
         """Multiply the weights by the method's factors, for the forward pass of a training step."""
         for layer in layers if self._method.has("disturb") and not self._disturbed else ():
-            seen = layer.connections(self._sparsifier.seed, step, with_gradient=False)
+            seen = layer.connections(self._seed, step, with_gradient=False)
             factors = self._method.disturb(seen).to(layer.parameter.dtype)
             self._disturbed[layer] = layer.parameter.detach().clone(), factors
             layer.parameter.mul_(factors)

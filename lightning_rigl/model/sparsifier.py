@@ -107,7 +107,9 @@ class Sparsifier:
         self.numbers: dict[str, float] = {}  # what the method keeps of the whole model
         self._zeros_unchecked = True  # until an optimizer has made a step
         self._stepped = False  # the last step was an optimizer's, no update
-        self._around = AroundStep(self) if AroundStep.needed(self) else None
+        self._around: AroundStep | None = None
+        if AroundStep.needed(self.method, self.schedule):
+            self._around = AroundStep(self.method, self.seed, self.update, self.count_update)
         for name, layer in self.layers.items():
             layer.target = targets[name]
             layer.notes.update({INITIAL: initial[name]} if name in initial else {})
