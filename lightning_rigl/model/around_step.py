@@ -33,7 +33,7 @@ class AroundStep:
         update: Callable[[Optimizer, Moment], None],
         count: Callable[[Sequence[SparseLayer], Moment], None],
     ) -> None:
-        self._method, self._seed, self._update, self._count = method, seed, update, count
+        self._method, self.seed, self._update, self._count = method, seed, update, count
         self._after: Callable[[], None] | None = None  # what follows the optimizer's step
         self._hook: Any = None  # that calls it
         self._disturbed: dict[SparseLayer, tuple[Tensor, Tensor]] = {}  # the weight at rest, and its factors
@@ -48,7 +48,7 @@ class AroundStep:
         self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment, skips: bool
     ) -> None:
         """Show the layers to the method; prepare what follows the step, if an update does not skip it."""
-        seed = self._seed
+        seed = self.seed
         self.rest(own)
         if self._method.has("observe"):
             for layer in own:
@@ -72,7 +72,7 @@ class AroundStep:
 
     @torch.no_grad()
     def _follow(self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment) -> None:
-        seed = self._seed
+        seed = self.seed
         if self._method.has("settle"):
             for layer in own:
                 seen = layer.connections(seed, moment.step, with_gradient=False)
@@ -91,7 +91,7 @@ class AroundStep:
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
         """Multiply the weights by the method's factors, for the forward pass of a training step."""
         for layer in layers if self._method.has("disturb") and not self._disturbed else ():
-            seen = layer.connections(self._seed, step, with_gradient=False)
+            seen = layer.connections(self.seed, step, with_gradient=False)
             factors = self._method.disturb(seen).to(layer.parameter.dtype)
             self._disturbed[layer] = layer.parameter.detach().clone(), factors
             layer.parameter.mul_(factors)

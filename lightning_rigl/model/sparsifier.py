@@ -334,6 +334,8 @@ class Sparsifier:
         for name in _PLAIN:
             setattr(self, name, state[name])
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
+        if self._around:
+            self._around.seed = self.seed
 
 
 def _drop_gradients(optimizer: Optimizer) -> None:
