@@ -176,7 +176,8 @@ def read_input(text: str) -> Tensor:
     """
     shape, _, name = text.partition(":")
     dtype = getattr(torch, name or "float32", None)
-    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", shape) is None or not isinstance(dtype, torch.dtype):
+    sizes = r"[1-9]\d*(,[1-9]\d*)" + ("*" if name else "+")  # one size alone is a forgotten batch
+    if re.fullmatch(sizes, shape) is None or not isinstance(dtype, torch.dtype):
         raise ValueError(
             f"--input={text}: expected sizes, the batch first, and a dtype of torch if not float32, as "
             "1,3,224,224 or 8,512:int64"

@@ -181,6 +181,7 @@ def test_the_options_come_from_a_file_too(capsys, numbers):
         ([*DIGITS, "--format=xml"], "'table', 'csv', 'json'"),
         ([DIGITS[0]], "the following arguments are required: input"),
         ([DIGITS[0], "--input=32x64"], "expected sizes, the batch first"),
+        ([DIGITS[0], "--input=64"], "expected sizes, the batch first"),
         ([DIGITS[0], "--input=0,64"], "expected sizes, the batch first"),
         ([DIGITS[0], "--input=32,64:int63"], "a dtype of torch"),
         ([DIGITS[0], "--input=32,64:nn"], "a dtype of torch"),

@@ -51,16 +51,16 @@ class Budget:
         """Nothing is known of the batches."""
         self._samples = 0  # in the largest batch so far, on this device
         self._dense = 0  # FLOPs of the costliest so far, in one forward pass of the dense model
-        self._unit = 0, 1  # the same that a multiple is counted by, and of how many samples
+        self._seen = 0, 0  # samples so far in this training, and FLOPs of their forward passes if dense
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to stop at the same step."""
-        return {"samples": self._samples, "dense": self._dense, "unit": list(self._unit)}
+        return {"samples": self._samples, "dense": self._dense, "seen": list(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self._samples, self._dense, (flops, samples) = state["samples"], state["dense"], state["unit"]
-        self._unit = flops, samples
+        self._samples, self._dense, (samples, flops) = state["samples"], state["dense"], state["seen"]
+        self._seen = samples, flops
 
     def set_up(self, trainer: Trainer) -> None:
         """A fit begins; its length in epochs is as the user gave it, before a callback adds to it."""
@@ -87,6 +87,8 @@ class Budget:
         Raises:
             MisconfigurationException: a multiple of a length that nobody knows.
         """
+        if trainer.global_step == 0:
+            self._seen = 0, 0
         self._carried = spent if trainer.global_step == 0 else 0
         if self.is_multiple and training_length(trainer, self._epochs) is None:
             raise MisconfigurationException(
@@ -98,6 +100,7 @@ class Budget:
         """A batch has been trained on: its samples, and what one forward pass costs the dense model."""
         self._samples = max(self._samples, samples)
         self._dense = max(self._dense, forward_dense)
+        self._seen = self._seen[0] + samples, self._seen[1] + forward_dense
 
     def check(self, trainer: Trainer, spent: int, meter: Meter, rigl: RigLCallback | None) -> None:
         """Stop the training if its next step costs more than is left; all processes ask together.
@@ -108,7 +111,7 @@ class Budget:
             meter: knows what a sample costs.
             rigl: knows when the topology is updated.
         """
-        if self._is_new and trainer.global_step > 0:
+        if (self._is_new or self.is_multiple) and trainer.global_step > 0:
             self._resolve(trainer, meter, rigl.sparsifier if rigl else None)
         total = sharding.total(spent + self._next_step(trainer, meter, rigl), trainer.strategy.root_device)
         if self._flops is None or total <= self._flops:
@@ -118,28 +121,38 @@ class Budget:
         self._is_spent = trainer.should_stop = True
 
     def _next_step(self, trainer: Trainer, meter: Meter, rigl: RigLCallback | None) -> int:
-        """What the next optimizer step costs on this device, if its batches are as the largest so far."""
+        """What the next optimizer step costs on this device, if its batches are as the costliest so far.
+
+        Of a multiple, whose whole is only estimated from the batches so far: as their mean.
+        """
         cost, sparsifier = meter.cost, rigl.sparsifier if rigl else None
         gradient = sparsifier.method.gradient if sparsifier else "never"
         sample = step_cost(cost.forward, cost.forward_dense, gradient == "every_step")
         if rigl and gradient == "at_updates":
             sample += meter.cost_of(_due(trainer, rigl)).extra
-        dense = _next_samples(trainer, self._samples) * self._dense // max(self._samples, 1)
+        samples, flops = self._seen if self.is_multiple else (self._samples, self._dense)
+        dense = _next_samples(trainer, self._samples) * flops // max(samples, 1)
         return dense * sample // max(cost.forward_dense, 1)
 
     def _resolve(self, trainer: Trainer, meter: Meter, sparsifier: Sparsifier | None) -> None:
-        """Find the number of FLOPs, and warn of a training that ends before they are spent."""
+        """Find the number of FLOPs, of a multiple anew after each step by the batches so far.
+
+        At first, warn of a training that ends before they are spent.
+        """
         length = self._length(trainer)
         if length is None:
             self._is_new = False
             return
-        unit = self._unit if self._unit[0] else (meter.cost.forward_dense, meter.cost.samples)
-        samples = _planned_samples(trainer, length, self._samples)
-        dense = sharding.total(3 * unit[0] * samples // unit[1], trainer.strategy.root_device)
-        if dense:  # else nothing is measured yet
-            self._is_new, self._unit = False, unit
-            self._flops = budget_in_flops(self.amount, dense, steps=1)
-            self._foresee(trainer, meter, sparsifier, length, dense * unit[1] // (3 * unit[0]))
+        seen, flops = self._seen
+        planned = _planned_samples(trainer, length, self._samples)
+        dense = sharding.total(3 * flops * planned // max(seen, 1), trainer.strategy.root_device)
+        if not dense:
+            return  # nothing is measured yet
+        is_new, self._is_new = self._is_new, False
+        self._flops = budget_in_flops(self.amount, dense, steps=1)
+        if is_new:
+            everywhere = dense * seen // (3 * max(flops, 1))  # samples of all devices
+            self._foresee(trainer, meter, sparsifier, length, everywhere)
 
     def _foresee(
         self, trainer: Trainer, meter: Meter, sparsifier: Sparsifier | None, length: int, samples: int

@@ -88,6 +88,8 @@ def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
     twin = meta_copy(module, {id(trainer): None, **{id(value): value for value in data}})
     for name in ("log", "log_dict", "print"):
         setattr(twin, name, _silent)
+    known = {"current_epoch": trainer.current_epoch, "global_step": trainer.global_step}
+    twin.__class__ = type(type(module).__name__, (type(module),), known)  # without a trainer both would be 0
     return twin.to("meta")
 
 

@@ -68,6 +68,7 @@ class FLOPsCallback(Callback):
         self._start_anew()
         # optimizer steps, and the step of each layer's last update, when the current batch started
         self._before: tuple[int, dict[str, int]] = 0, {}
+        self._passes = 0  # backward passes of the current batch
         self._module: weakref.ref[LightningModule] | None = None  # the one whose training is counted
         self._fitting = False
 
@@ -100,6 +101,7 @@ class FLOPsCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew if the totals belong to another model; stop if the budget is spent already."""
+        self._meter.attach(trainer)
         if not self._meter.fits(pl_module):
             rank_zero_warn("FLOPsCallback: these layers are not those counted so far; the totals start anew")
             self._start_anew()
@@ -112,7 +114,7 @@ class FLOPsCallback(Callback):
     ) -> None:
         """Measure the model if it has met no batch like this one; remember what holds before the step."""
         sparsifier = _sparsifier(trainer)
-        self._before = trainer.global_step, _last_updates(sparsifier)
+        self._before, self._passes = (trainer.global_step, _last_updates(sparsifier)), 0
         self._meter.open(trainer, pl_module, batch, batch_idx)
         self._meter.count(sparsifier)
         if self._budget and self._run == RunCost():
@@ -120,14 +122,15 @@ class FLOPsCallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer is not watched; in manual optimization more passes may follow."""
+        self._passes += 1
         if pl_module.automatic_optimization:
             self._meter.pause()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Note which optimizer makes a step."""
-        self._meter.step(trainer, optimizer)
+        """A closure is over: the rest of the step is the optimizer's own."""
+        self._meter.own_products(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,6 +139,8 @@ class FLOPsCallback(Callback):
         samples, sparsifier = self._meter.close(trainer, pl_module, batch, batch_idx), _sparsifier(trainer)
         if trainer.fit_loop._skip_backward:
             return  # an epoch that SWA adds for the statistics of its average
+        if pl_module.automatic_optimization:
+            samples *= max(self._passes, 1)  # an optimizer may ask for several
         steps, last = self._before
         updated = [name for name, step in _last_updates(sparsifier).items() if step != last.get(name)]
         self._run = self._run.after(
@@ -188,9 +193,14 @@ class FLOPsCallback(Callback):
         if self._meter.table is not None and not trainer.barebones:
             log_levels(pl_module, self._levels(epoch=True), on_step=False)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the optimizers as they were."""
+        self._meter.detach()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop watching."""
         self._meter.stop()
+        self._meter.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and what was measured last, in plain types."""

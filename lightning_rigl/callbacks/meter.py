@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten
 
 from lightning_rigl.callbacks.dry_run import measure_copy
 from lightning_rigl.flops.costs import Convention, CostTable
@@ -44,6 +44,8 @@ class Meter:
         self._trained: tuple[bool, ...] = ()  # which of them are
         self._stepped: list[int] = []  # the optimizers that made a step in this batch, by their index
         self._watched: dict[str, int] = {}  # batches that were watched in manual optimization, by their form
+        self._fleeting: set[str] = set()  # forms whose cost depends on values
+        self._hooks = ExitStack()  # removes those of the optimizers
         self._costs: dict[str, SampleCost] = {}  # at these counts
         self._version: object = None  # of what was counted
         self._validated = False
@@ -79,7 +81,8 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What was measured; what is being watched stays here."""
-        return {**vars(self), "_tracer": None, "_watching": ExitStack(), "_parameters": []}
+        here: dict[str, Any] = {"_tracer": None, "_watching": ExitStack(), "_hooks": ExitStack(), "_parameters": []}
+        return {**vars(self), **here}
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured last and counted, in plain types."""
@@ -104,19 +107,32 @@ class Meter:
         if not module.automatic_optimization:
             if self._watched.get(form, 0) < WATCHED:
                 self._watch(module)
-        elif form in self._known:
+        elif form in self._known and form not in self._fleeting:
             self._kind = form
         elif not self._accept(measure_copy(trainer, module, batch, batch_idx, self.samples(batch)), form):
             self._watch(module)
 
-    def step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """An optimizer begins a step; in manual optimization a batch costs what those that do so cost."""
-        if not trainer.lightning_module.automatic_optimization:
-            self._stepped += (i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-            if tracer := self._tracer:
-                tracer.optimizes = True
-                hook = optimizer.register_step_post_hook(lambda *_: setattr(tracer, "optimizes", False))
-                self._watching.callback(hook.remove)
+    def attach(self, trainer: Trainer) -> None:
+        """In manual optimization, look at each optimizer's steps: a batch costs what those it has cost."""
+        manual = not trainer.lightning_module.automatic_optimization
+        for index, optimizer in enumerate(trainer.optimizers if manual else ()):
+            begin = optimizer.register_step_pre_hook(partial(self._begin_step, index))
+            end = optimizer.register_step_post_hook(lambda *_: self.own_products(False))
+            self._hooks.callback(begin.remove)
+            self._hooks.callback(end.remove)
+
+    def detach(self) -> None:
+        """Leave the optimizers as they were."""
+        self._hooks.close()
+
+    def _begin_step(self, index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+        self._stepped.append(index)
+        self.own_products(not any(callable(value) for value in (*args[1:], *kwargs.values())))
+
+    def own_products(self, optimizes: bool) -> None:
+        """Whether what is computed from here on is the optimizer's own; a closure comes before that."""
+        if self._tracer:
+            self._tracer.optimizes = optimizes
 
     def pause(self) -> None:
         """Watch no longer; what was seen is taken later."""
@@ -137,6 +153,8 @@ class Meter:
         form = self._form_of(batch)
         kind = f"{form} {self._stepped}" if self._stepped else form
         if tracer is not None and samples:
+            if tracer.varies and module.automatic_optimization:
+                self._fleeting.add(form)
             self._empty += not self._accept(tracer.table(samples), kind)
             self._watched[form] = self._watched.get(form, 0) + 1
         elif form in self._watched and kind not in self._known:
@@ -229,7 +247,13 @@ class Meter:
             return False
         if not table.layers and not table.other:
             self._say("the first batches ran no product; the FLOPs of this model are 0")
+        if self._known.get(kind, table) != table and kind not in self._fleeting:
+            self._say(
+                "batches of the same form, with the same optimizers, have other costs; each counts as it was "
+                f"watched, those after the first {WATCHED} as the last one watched"
+            )
         self._known[kind], self._kind = table, kind
+        self._costs.pop(kind, None)
         if len(self._known) == MANY:
             self._say(
                 f"{MANY} kinds of batches so far, each was measured; padding to fewer sizes spares that"
@@ -239,14 +263,14 @@ class Meter:
 
 def signature(batch: Any) -> str:
     """Form, shapes, types and flags of a batch: batches that share them cost the same."""
-    leaves, form = tree_flatten(batch)
-
-    def look(leaf: Any) -> object:
-        if isinstance(leaf, Tensor):
-            return (*leaf.shape, str(leaf.dtype))
-        return leaf if isinstance(leaf, bool) else type(leaf).__name__
-
-    return f"{form} {[look(leaf) for leaf in leaves]}"
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {batch.dtype}"
+    if isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
+        parts = batch.items() if isinstance(batch, Mapping) else ((None, value) for value in batch)
+    else:
+        parts = getattr(batch, "__dict__", {}).items()  # of a dataclass, or of a user's own
+    inside = ", ".join(f"{key}: {signature(value)}" for key, value in parts)
+    return str(batch) if isinstance(batch, bool) else f"{type(batch).__name__}({inside})"
 
 
 def _few(names: Sequence[str]) -> str:

@@ -45,17 +45,21 @@ class Doubts:
         if not outputs or any(self._memory.find(o) for o in outputs):
             return  # a question about a tensor; a view of a parameter, or a write into one
         pointwise = torch.Tag.pointwise in func.tags
+        # of parameters alone, but none of them in another form: a Kronecker product, a norm
+        alone = bool(inputs) and all(self._memory.is_constant(tensor) for tensor in (*inputs, *outputs))
+        made = alone and (name in UNCOUNTED or pointwise)
         reports: list[str] = []
-        if elementwise := pointwise or name in COPIES | JOINS:
+        if elementwise := pointwise or made or name in COPIES | JOINS:
             reports += (report for tensor in inputs for report in _of(tensor, self._hidden))
         if name in SUMMED and outputs[0].dim():
             reports += (report for tensor in inputs for report in _of(tensor, self._spread))
         for tensor in inputs:
             known = [f"{name} ({weight})" for weight in self._weights(tensor)]
-            if name == "aten.mul" and _size(outputs[0]) > _size(tensor):
-                self._spread |= dict.fromkeys(storage_of(outputs[0]), known)
+            wide = known if _size(outputs[0]) > _size(tensor) and _wide(tensor) > 1 else []
+            if name == "aten.mul" and (wide := wide or _of(tensor, self._spread)):
+                self._spread |= dict.fromkeys(storage_of(outputs[0]), wide)
             activation = pointwise and outputs[0].numel() > tensor.numel()  # such as with a position added
-            if not activation and name not in UNCOUNTED:
+            if made or (not activation and name not in UNCOUNTED):
                 reports += known
         if elementwise:
             self._hidden |= {key: reports for o in outputs for key in storage_of(o) if reports}
@@ -66,6 +70,8 @@ class Doubts:
         """A product with no weight that is known: one may be hidden in it."""
         for operand in product.operands:
             self.reports |= {report: None for tensor in operand for report in _of(tensor, self._hidden)}
+        if product.outputs and len(product.operands[1]) == 1 and product.operands[1][0].dim() > 3:
+            self.reports |= dict.fromkeys(_of(product.operands[1][0], self._spread))  # filters by the sample
 
     def _weights(self, tensor: Tensor) -> dict[str, None]:
         """The parameters of two or more dimensions that it holds; biases and norms are left out of counts."""
@@ -76,6 +82,11 @@ class Doubts:
 
 def _of(tensor: Tensor, reports: Mapping[StorageWeakRef, list[str]]) -> list[str]:
     return [report for key in storage_of(tensor) for report in reports.get(key, ())]
+
+
+def _wide(tensor: Tensor) -> int:
+    """Dimensions of more than one element."""
+    return sum(size > 1 for size in tensor.shape)
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_rigl.flops.products import COPIES, FILLS, JOINS, REORDERS, SUMS, Args
+from lightning_rigl.flops.products import COPIES, FILLS, JOINS, PRODUCTS_ADDED, REORDERS, SUMS, Args
 
 
 class Slice(NamedTuple):
@@ -54,6 +54,7 @@ class ParameterMemory:
         for name, parameter in parameters.items():
             whole = (Slice(name, 0, parameter.numel()),)
             self._register(parameter, whole, ordered=parameter.is_contiguous())
+        self._own = frozenset(self._pieces)  # that of the parameters themselves
         self._constant = {key for buffer in buffers for key in storage_of(buffer)}
 
     def find(self, tensor: Tensor) -> Piece | None:
@@ -87,6 +88,8 @@ class ParameterMemory:
             return False
         self._constant |= made
         pieces = [(tensor, piece) for tensor in inputs if (piece := self.find(tensor)) is not None]
+        if name.endswith("_") and name[:-1] in SUMS | FILLS:
+            self._fill(name[:-1], args, inputs[0])
         if not pieces or not made:
             return False  # a question about a tensor; a view of a parameter, or a write into one
         out = outputs[0]
@@ -94,7 +97,9 @@ class ParameterMemory:
             self._join(pieces, out, rows=next((dim for dim in args if isinstance(dim, int)), 0) == 0)
             return True
         same = [(tensor, piece) for tensor, piece in pieces if tensor.numel() == out.numel()]
-        if name in COPIES or (torch.Tag.pointwise in func.tags and same):
+        if name in PRODUCTS_ADDED:
+            same = [(t, piece) for t, piece in same if t is args[0] and t.shape == out.shape]  # no bias
+        if name in COPIES or ((torch.Tag.pointwise in func.tags or name in PRODUCTS_ADDED) and same):
             source, piece = (same or pieces)[0]
             alike = source.shape == out.shape and source.stride() == out.stride() and name not in REORDERS
             filled = name in FILLS or (name in SUMS and not self._is_same(args[:2], piece))
@@ -102,6 +107,15 @@ class ParameterMemory:
             self._register(out, slices, piece.ordered and alike)
             return True
         return False
+
+    def _fill(self, name: str, args: Args, written: Tensor) -> None:
+        """What was a copy of a weight has something added to it, in place; a weight itself is trained so."""
+        piece = self.find(written)
+        if piece is not None and (name in FILLS or not self._is_same(args[:2], piece)):
+            for key in storage_of(written):
+                if key not in self._own:
+                    full = tuple(part._replace(filled=True) for part in piece.slices)
+                    self._pieces[key] = [piece._replace(slices=full)]
 
     def _is_same(self, terms: Args, piece: Piece) -> bool:
         """Whether all terms of a sum hold the same elements of a parameter, so that its zeros stay."""

@@ -75,6 +75,8 @@ def _recurrent(x: Tensor, weights: Sequence[Tensor], hx: Tensor, projected: bool
 
 # By name: not every version of torch has every operator.
 PRODUCTS: dict[str, Callable[[Args, Tensor], list[Product]]] = {
+    **dict.fromkeys(("aten.addmm_", "aten.baddbmm_", "aten.addmv_"), _addmm),
+    "aten.addbmm_": _addbmm,
     **dict.fromkeys(("aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot"), _matmul),
     **dict.fromkeys(("aten.matmul", "aten.linear", "aten._scaled_mm", "aten._grouped_mm"), _matmul),
     **dict.fromkeys(("aten.addmm", "aten.baddbmm", "aten.addmv"), _addmm),
@@ -99,9 +101,11 @@ COPIES = {
     *("aten.native_batch_norm", "aten.cudnn_batch_norm"),
 }
 JOINS = {"aten.cat", "aten.stack"}
-# What leaves a weight no zeros: its mean taken away, or, of sums, another term.
+# What leaves a weight no zeros: its mean taken away, a function that is not 0 at 0; of sums, another term.
 FILLS = {"aten.native_batch_norm", "aten.cudnn_batch_norm"}
-SUMS = {f"aten.{name}" for name in ("add", "sub", "rsub", "lerp", "addcmul", "addcdiv")}
+FILLS |= {f"aten.{name}" for name in ("exp", "sigmoid", "softplus", "cos", "cosh", "erfc")}
+PRODUCTS_ADDED = {f"aten.{name}" for name in ("addmm", "baddbmm", "addbmm", "addmv")}
+SUMS = {f"aten.{name}" for name in ("add", "sub", "rsub", "lerp", "addcmul", "addcdiv")} | PRODUCTS_ADDED
 SUMMED = {"aten.sum", "aten.mean"}  # after a multiplication: a contraction
 UNCOUNTED = {
     *("aten.embedding", "aten.embedding_bag", "aten._embedding_bag"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,9 @@ from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.doubts import Doubts
 from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
 from lightning_rigl.flops.products import PRODUCTS, Args, Product
+
+_FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]  # frames of custom functions
+_BACKWARD = BackwardCFunction.apply.__code__
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
 
     Attributes:
         optimizes: set while an optimizer makes a step: its own products are not counted.
+        varies: whether the cost depends on values, such as the lengths of packed sequences.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(100, 10), torch.nn.ReLU(), torch.nn.Linear(10, 4))
@@ -87,7 +92,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         self._live: set[StorageWeakRef] = set()  # of a custom function: activations that require a gradient
         self._doubts = Doubts(self._memory, self._shapes)
         self._inference = inference
-        self.optimizes = False
+        self.optimizes = self.varies = False
         self._sums: dict[tuple[Slice | None, Slice | None], _Sum] = {}
         self._restore = ExitStack()
 
@@ -173,7 +178,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
                 return out
         out = func(*args, **kwargs)
         backward = torch._C._current_autograd_node() is not None  # None outside of a backward pass
-        if not backward or torch.is_grad_enabled():  # inside one: what a checkpoint repeats
+        if not backward or torch.is_grad_enabled() or _is_trained_inside():  # inside: what is repeated
             try:
                 self._book(name, func, [*args, *kwargs.values()], out, backward)
             except Exception as error:  # a tensor of an exotic kind must not break the step that is measured
@@ -192,10 +197,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         if isinstance(func, HigherOrderOperator):
             self._doubts.add(name)  # what it does inside stays hidden
             return
-        trains = torch.is_grad_enabled() or _is_in_a_custom_function()
+        trains = torch.is_grad_enabled() or bool(_is_trained_inside())
         if trains and not torch.is_grad_enabled() and any(self._is_live(t) for t in inputs):
             self._live |= {key for o in outputs for key in storage_of(o)}
-        if self._memory.follow(name, func, args, inputs, outputs):
+        self.varies = self.varies or name == "aten._pack_padded_sequence"
+        if self._memory.follow(name, func, args, inputs, outputs) and name not in PRODUCTS:
             return
         counts = trains or self._inference
         if self.optimizes and not counts:
@@ -240,9 +246,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         return not self._live.isdisjoint(storage_of(tensor))
 
 
-def _is_in_a_custom_function() -> bool:
-    """Whether a custom autograd function is running, whose own gradients are computed by its ``backward``."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not Function.apply.__func__.__code__:  # type: ignore[attr-defined]
-        frame = frame.f_back
-    return frame is not None
+def _is_trained_inside() -> bool | None:
+    """Whether the custom autograd function that is running has gradients; None if there is none.
+
+    With gradients disabled around it, a function knows of inputs that need one and of no node to hand it to.
+    """
+    found: bool | None = None
+    frame, inner = inspect.currentframe(), None
+    while frame is not None and frame.f_code is not _BACKWARD:
+        if frame.f_code is _FORWARD and inner is not None:
+            first = inner.f_code.co_varnames[:1]
+            ctx = inner.f_locals.get(first[0]) if first else None
+            node: Any = ctx if isinstance(ctx, FunctionCtx) else None
+            disabled = node is not None and any(node.needs_input_grad) and not node.next_functions
+            found = bool(found) or not disabled
+        frame, inner = frame.f_back, frame
+    return found

@@ -24,6 +24,7 @@ from tests.callbacks.flops_modules import Noisy
 from tests.callbacks.flops_problems import F_D, GAN, Manual, Silent, batches, fit, rigl
 from tests.callbacks.problems import Small, data, small, trainer
 from tests.callbacks.stateful_loader import StatefulLoader
+from tests.callbacks.test_flops_measurement import Sequences
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:RigLCallback. (training has|no topology update)",
@@ -53,6 +54,16 @@ def spent(budget=None, *callbacks, **arguments):
     watch = Spent()
     fit(FLOPsCallback(budget=budget), watch, *callbacks, **{"max_epochs": 3, **arguments})
     return {step: cost for step, cost in watch.after.items() if cost is not None}
+
+
+@pytest.mark.parametrize("lengths", [[4, 8, 12, 16] * 3, [16, 12, 8, 4] * 3])
+def test_a_multiple_follows_batches_that_cost_differently(lengths):
+    def steps(budget):
+        counter, loader = FLOPsCallback(budget=budget), [torch.randn(2, n, 16) for n in lengths]
+        return fit(counter, module=Sequences(), loader=DataLoader(loader, batch_size=None)).global_step
+
+    assert steps("1.0x") == 12
+    assert steps("0.5x") == 6
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,9 @@ class TestTheLastStepIsTheLastThatFits:
         class EveryStep(pl.Callback):  # in place of a method that no version runs yet
             def on_train_start(self, trainer, module):
                 rigl = trainer.callbacks[-1]
-                rigl.sparsifier.method = SimpleNamespace(gradient="every_step", latent=False)
+                rigl.sparsifier.method = SimpleNamespace(
+                    gradient="every_step", latent=False, has=lambda question: False
+                )
 
         class Frozen(RigLCallback):
             def on_before_optimizer_step(self, trainer, module, optimizer):

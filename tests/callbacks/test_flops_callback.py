@@ -103,7 +103,9 @@ class TestOneDevice:
     def test_a_method_that_reads_the_dense_gradient_at_every_step_pays_for_it(self):
         class EveryStep(pl.Callback):  # in place of a method that no version runs yet
             def on_train_start(self, trainer, module):
-                sparse.sparsifier.method = SimpleNamespace(gradient="every_step", latent=False)
+                sparse.sparsifier.method = SimpleNamespace(
+                    gradient="every_step", latent=False, has=lambda question: False
+                )
 
         class Frozen(RigLCallback):
             def on_before_optimizer_step(self, trainer, module, optimizer):

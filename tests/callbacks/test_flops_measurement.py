@@ -1,9 +1,14 @@
 """How FLOPsCallback measures: each kind of batch once, on a copy without values or else on the real step."""
 
+from collections import UserDict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -166,6 +171,107 @@ def test_batches_whose_optimizers_differ_differ_in_their_costs(recwarn):
     generator, critic = 2 * 192 + 3 * 12, 192 + 2 * 12
     assert counter.report().train_actual == 2 * 8 * 2 * (4 * generator + 19 * critic)
     assert not [w for w in recwarn if "for the first time optimizers" in str(w.message)]
+
+
+def test_optimizers_that_lightning_does_not_wrap_are_noticed():
+    class Raw(Alternates):
+        def optimizers(self):
+            return super().optimizers(use_pl_optimizer=False)
+
+    counters = FLOPsCallback(), FLOPsCallback()
+    for counter, model in zip(counters, (Alternates, Raw), strict=True):
+        fit(counter, module=model(), sizes=[8] * 23)
+    assert counters[0].report().run == counters[1].report().run
+    module = Alternates()
+    run = fit(FLOPsCallback(), module=module)
+    hooks = (o._optimizer_step_pre_hooks | o._optimizer_step_post_hooks for o in run.optimizers)
+    assert not any(hooks)
+
+
+def test_each_watched_batch_counts_as_it_was_and_a_difference_is_said():
+    class Switches(Manual):
+        def forward(self, x):
+            return self.net(x) + (self.net(x) if self.trainer.global_step else 0)
+
+    counter = FLOPsCallback()
+    with pytest.warns(UserWarning, match="batches of the same form, with the same optimizers") as record:
+        fit(counter, module=Switches(), sizes=[8] * 20)
+    assert sum("of the same form" in str(w.message) for w in record) == 1
+    assert counter.report().train == 8 * 3 * F_D * (1 + 19 * 2)
+
+
+class Bag:
+    def __init__(self, x):
+        self.x = x
+
+
+@dataclass
+class Data:
+    x: torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore:.*counts as one sample")
+@pytest.mark.parametrize("form", [lambda x: UserDict(x=x), Data, Bag, lambda x: SimpleNamespace(x=x)])
+def test_tensors_are_found_in_batches_of_any_form(form):
+    class Opens(Sequences):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["x"] if isinstance(batch, UserDict) else batch.x, batch_idx)
+
+    lengths = 4, 9, 4, 16
+    counter = FLOPsCallback()
+    loader = DataLoader([form(torch.randn(1, n, 16)) for n in lengths], batch_size=None)
+    fit(counter, module=Opens(), loader=loader)
+    assert counter.report().train == sum(3 * encoder(n) for n in lengths)
+
+
+def test_packed_sequences_cost_what_their_lengths_cost():
+    class Packed(Silent):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.GRU(8, 6, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            packed = pack_padded_sequence(batch[0], batch[1].cpu(), True, enforce_sorted=False)
+            return self.net(packed)[0].data.square().mean()
+
+    lengths = [[9, 2], [9, 9], [9, 5]]
+    counter = FLOPsCallback()
+    loader = DataLoader([(torch.randn(2, 9, 8), torch.tensor(n)) for n in lengths], batch_size=None)
+    fit(counter, module=Packed(), loader=loader, max_epochs=2)
+    steps = sum(sum(n) for n in lengths)
+    assert counter.report().train == 2 * 3 * steps * 2 * 18 * (8 + 6)
+
+
+def test_a_step_that_asks_for_its_loss_twice_costs_twice():
+    class Twice(Silent):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            optimizer_closure()
+            optimizer.step(closure=optimizer_closure)
+
+    counter = FLOPsCallback()
+    fit(counter, module=Twice())
+    assert counter.report().train == 2 * 20 * 3 * F_D
+
+
+@pytest.mark.parametrize("clock", ["current_epoch", "global_step"])
+def test_a_copy_sees_the_time_of_the_batch(clock):
+    class Grows(Silent):
+        def training_step(self, batch, batch_idx):
+            late = getattr(self, clock) > (0 if clock == "current_epoch" else 1)
+            loss = super().training_step(batch, batch_idx)
+            return loss + super().training_step(batch, batch_idx) if late else loss
+
+    counter = FLOPsCallback()
+    loader = batches(8, 8, 5) if clock == "global_step" else batches(8)
+    fit(counter, module=Grows(), loader=loader)
+    if clock == "current_epoch":  # a new form in the second epoch
+        run = fit(counter, module=(module := Grows()), loader=loader)
+        assert counter.report().train == 8 * 3 * F_D
+        run.fit_loop.max_epochs = 2
+        run.fit(module, batches(5))
+        assert counter.report().train == (8 + 2 * 5) * 3 * F_D
+    else:
+        assert counter.report().train == (16 + 2 * 5) * 3 * F_D
 
 
 def test_an_optimizer_that_joins_later_is_said_and_its_next_step_watched():

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils.checkpoint import checkpoint
 
 from lightning_rigl.flops.formulas import actual_step_cost, forward_cost
 from lightning_rigl.flops.meta import meta_copy
@@ -323,6 +324,10 @@ SUMS = {
     "a weight without its mean, by a batch norm": lambda w, v: normalized_as_a_batch(w),
     "a weight and the same turned round": lambda w, v: w + w.flip(0),
     "a sum, then scaled": lambda w, v: (w + v)[:, 0:6].clone() * 2,
+    "a copy to which another is added": lambda w, v: w.clone().add_(v),
+    "a copy without its mean": lambda w, v: w.clone().sub_(w.mean(1, keepdim=True)),
+    "a function that is not zero at zero": lambda w, v: w.exp(),
+    "the same in place": lambda w, v: w.clone().sigmoid_(),
 }
 
 
@@ -334,6 +339,26 @@ def test_a_weight_with_something_added_has_no_zeros(kind, device):
     table = measure(net, x, call=lambda x: linear(x, SUMS[kind](net["w"], net["v"])))
     assert rows(table) == {"w": (24, 0, 24)}
     assert forward_cost(table, {"w": 6, "v": 3}) == 2 * 24
+
+
+@on_both_devices
+@pytest.mark.parametrize("place", [torch.addmm, lambda w, b, a: w.clone().addmm_(b, a)])
+def test_a_product_added_to_a_weight_counts_and_fills_it(place, device):
+    with torch.device(device):
+        net, x = bare(w=(4, 6), a=(2, 6), b=(4, 2)), torch.ones(2, 6)
+    table = measure(net, x, call=lambda x: linear(x, place(net["w"], net["b"], net["a"])), samples=1)
+    assert {name: row[0] for name, row in rows(table).items()} == {"w": 2 * 24, "a": 48}
+    assert forward_cost(table, {"w": 6}) == 2 * (2 * 24 + 48)
+
+
+def test_a_weight_that_is_trained_in_place_keeps_its_zeros():
+    net, x = plain(), torch.ones(2, 6)
+
+    def call(x):
+        net.weight.data.add_(torch.ones(4, 6))
+        return net(x)
+
+    assert forward_cost(measure(net, x, call=call), {"weight": 6}) == 2 * 6
 
 
 @on_both_devices
@@ -421,6 +446,41 @@ def test_a_contraction_written_element_by_element_is_reported(reduce, samples):
     net, x = plain(), torch.ones(samples, 6)
     table = measure(net, x, call=lambda x: reduce(x[:, None] * net.weight, -1))
     assert table.unknown == ("aten.mul (weight)",)
+
+
+def modulated(w, style, x, normed):
+    """A convolution whose filters are scaled by each sample (StyleGAN2)."""
+    filters = w[None] * style[:, None, :, None, None]
+    if normed:
+        filters = filters * filters.square().sum((2, 3, 4), keepdim=True).rsqrt()
+    return functional.conv2d(x.reshape(1, 6, 5, 5), filters.reshape(8, 3, 3, 3), groups=2)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_filters_that_are_scaled_by_each_sample_are_reported(normed):
+    net, x = bare(weight=(4, 3, 3, 3)), torch.ones(2, 3, 5, 5)
+    table = measure(net, x, call=lambda x: modulated(net["weight"], torch.ones(2, 3), x, normed))
+    assert "aten.mul (weight)" in table.unknown
+    assert table.other == 2 * 4 * 27 * 9
+
+
+MADE = {
+    "aten.mul (a)": lambda a, b, x: linear(x, torch.kron(a, b)),
+    "aten.native_layer_norm (a)": lambda a, b, x: linear(x[:, :3], functional.layer_norm(a, (3,))),
+    "aten.sum (a)": lambda a, b, x: x[:, :3] @ a.sum(0),
+}
+
+
+@pytest.mark.parametrize("operator", MADE)
+def test_what_is_made_of_parameters_alone_and_is_none_of_them_is_reported_at_its_product(operator):
+    net, x = bare(a=(2, 3), b=(2, 2)), torch.ones(2, 6)
+    table = measure(net, x, call=lambda x: MADE[operator](net["a"], net["b"], x))
+    assert operator in table.unknown
+
+
+def test_a_scale_per_channel_before_a_mean_is_no_contraction():
+    net, x = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "scale": bare(c=(4, 1, 1))}), torch.ones(2, 3, 5, 5)
+    assert measure(net, x, call=lambda x: (net["scale"]["c"] * net["conv"](x)).mean((2, 3))).unknown == ()
 
 
 def test_the_operators_that_make_an_orthogonal_weight_are_reported():
@@ -520,6 +580,37 @@ def test_a_pass_without_gradients_is_booked_apart(mode, frozen):
     table = measure(net, x, call=mode()(net))
     assert (rows(table), without_gradient(table)) == ({}, {"weight": 24})
     assert (forward_cost(table), actual_step_cost(table, {"weight": 12})) == (0, 2 * 12)
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.to(w.dtype) @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x
+
+
+times = Times.apply  # bound before any measurement
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_custom_function_without_gradients_is_booked_apart(mode):
+    net, x = plain(), torch.ones(2, 6)
+    table = measure(net, x, call=mode()(lambda x: times(x, net.weight)))
+    assert (rows(table), without_gradient(table)) == ({}, {"weight": 24})
+    assert rows(measure(net, x, call=lambda x: times(x, net.weight))) == {"weight": (24, 0, 24)}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_repeats_of_a_custom_function_is_counted(reentrant):
+    net, x = plain(), torch.ones(2, 6, requires_grad=True)
+    call = lambda x: checkpoint(lambda x: times(x, net.weight), x, use_reentrant=reentrant)  # noqa: E731
+    table = measure(net, x, call=call, backward=True)
+    assert (rows(table), table.layers[0].recompute) == ({"weight": (24, 24, 24)}, 2 * 24)
 
 
 def test_attention_without_gradients_is_booked_apart():
