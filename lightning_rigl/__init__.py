@@ -16,30 +16,40 @@ from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.flops.plan import FLOPsPlan
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
 from lightning_rigl.flops.report import FLOPsReport
-from lightning_rigl.methods.base import Connections, Method
+from lightning_rigl.methods.base import Connections, Method, Moment, Probe
 from lightning_rigl.methods.rigl import RigL
 from lightning_rigl.methods.set import SET
 from lightning_rigl.methods.static import Static
 from lightning_rigl.model.mask_files import load_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import ER, ERK, Distribution, PerLayer, Uniform
+from lightning_rigl.topology.ends import Ends
+from lightning_rigl.topology.growth import Growth
 from lightning_rigl.topology.patterns import Pattern, Unstructured
 from lightning_rigl.topology.schedules import UpdateSchedule
+from lightning_rigl.topology.smart_ratio import SmartRatio
+from lightning_rigl.topology.str_resnet50 import STR
 
 __all__ = [
     "ER",
     "ERK",
     "SET",
+    "STR",
     "Connections",
     "Distribution",
+    "Ends",
     "FLOPsCallback",
     "FLOPsPlan",
     "FLOPsReport",
+    "Growth",
     "Method",
+    "Moment",
     "Pattern",
     "PerLayer",
+    "Probe",
     "RigL",
     "RigLCallback",
+    "SmartRatio",
     "Sparsifier",
     "Static",
     "Uniform",

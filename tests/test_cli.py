@@ -206,7 +206,7 @@ def test_two_callbacks_are_appended_in_any_order(made):
             "method: unknown name 'rigle'; the known ones are ",
         ),
         (["method=rigle"], "did you mean 'rigl'?"),
-        (["distribution=erkk"], "distribution: unknown name 'erkk'; the known ones are er, erk, "),
+        (["distribution=erkk"], "distribution: unknown name 'erkk'; the known ones are ends, er, erk, "),
         (["pattern=nm"], "pattern: unknown name 'nm'; the known ones are "),
         (["sparsity=90"], "must lie in [0, 1), got 90"),
         (["init=nowhere.ckpt"], "init='nowhere.ckpt' is no known name and no file"),

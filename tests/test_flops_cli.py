@@ -175,7 +175,7 @@ def test_the_options_come_from_a_file_too(capsys, numbers):
         ([*DIGITS, "--every=0"], "at least 1, got 0"),
         ([*DIGITS, "--end=2.5"], "end=2.5 is neither a whole number of steps"),
         ([*DIGITS, "--method=rigle"], "did you mean 'rigl'?"),
-        ([*DIGITS, "--distribution=erkk"], "the known ones are er, erk, "),
+        ([*DIGITS, "--distribution=erkk"], "the known ones are ends, er, erk, "),
         ([*DIGITS, "--exclude=nets"], "'nets' matches no layer; near misses"),
         ([*DIGITS, "--convention=macs"], "'2mac', 'official'"),
         ([*DIGITS, "--format=xml"], "'table', 'csv', 'json'"),

@@ -81,8 +81,8 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What was measured; what is being watched stays here."""
-        here: dict[str, Any] = {"_tracer": None, "_watching": ExitStack(), "_hooks": ExitStack(), "_parameters": []}
-        return {**vars(self), **here}
+        here: dict[str, Any] = {"_watching": ExitStack(), "_hooks": ExitStack(), "_parameters": []}
+        return {**vars(self), **here, "_tracer": None}
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured last and counted, in plain types."""

@@ -24,6 +24,7 @@ from lightning_rigl.callbacks.checks import (
 )
 from lightning_rigl.callbacks.clock import Clock, shortfall
 from lightning_rigl.callbacks.empty_step import EmptyStep
+from lightning_rigl.callbacks.first_look import first_look
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
@@ -49,7 +50,8 @@ class RigLCallback(Callback):
         sparsity: fraction of zeros over the sparse layers, in [0, 1); or regular expression (searched in the
             parameter name, first match wins) -> sparsity of that layer, unmatched layers staying dense.
         method: who decides what is dropped and grown: rigl, set, static, or a Method.
-        distribution: how the connections are shared between layers: erk, er, uniform, or a Distribution.
+        distribution: how the connections are shared between layers: erk, er, uniform, smartratio, str, or a
+            Distribution.
         schedule: when the topology is updated and how much of it; None is the method's own default. A method
             that never updates ignores it.
         pattern: where connections may live: unstructured, or a Pattern.
@@ -61,6 +63,8 @@ class RigLCallback(Callback):
         seed: of all randomness here; None is the first process's torch.initial_seed(). The global generator
             is never used.
         growth: what new connections are worth; None is zero, with fresh optimizer state.
+        rescale: multiply the initial weights so that each ``layer``, or each ``neuron``, sees the variance of
+            the dense one; None leaves them. For a model at its initialisation only.
 
     Raises:
         ValueError: bad input, before anything is changed.
@@ -87,6 +91,7 @@ class RigLCallback(Callback):
         init: Literal["random", "magnitude", "nonzero"] | str = "random",
         seed: int | None = None,
         growth: Growth | None = None,
+        rescale: Literal["layer", "neuron"] | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, type(None))):
             raise TypeError(f"seed: an int or None, got {seed!r}")
@@ -101,6 +106,7 @@ class RigLCallback(Callback):
             "init": init,
             "seed": seed,
             "growth": growth,
+            "rescale": rescale,
         }
         initial_masks.check(sparsity, self.settings["distribution"], init)
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
@@ -183,7 +189,8 @@ class RigLCallback(Callback):
     ) -> Sparsifier:
         own = self.settings["seed"]
         seed = trainer.strategy.broadcast(torch.initial_seed() if own is None else own)
-        return Sparsifier(module, **{**self.settings, "init": init, "seed": int(seed)})
+        again = {} if isinstance(init, str) else {"rescale": None}  # the weights are trained by now
+        return Sparsifier(module, **{**self.settings, **again, "init": init, "seed": int(seed)})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule now that the length of training is known; a resumed run keeps its own."""
@@ -206,7 +213,8 @@ class RigLCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Disturb the weights, if the method does."""
+        """Let the method see the first batch, and disturb the weights, if it does so."""
+        first_look(trainer, pl_module, batch, batch_idx, self._active())
         self._active().before_forward(trainer.global_step)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -82,3 +82,12 @@ def total(number: int, device: torch.device) -> int:
     limbs = torch.tensor([(number >> shift) & 0x7FFFFFFF for shift in range(0, 186, 31)], device=device)
     dist.all_reduce(limbs)
     return sum(limb << shift for limb, shift in zip(limbs.tolist(), range(0, 186, 31), strict=True))
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The average over the processes, the same in all of them; one collective of the tensor's size."""
+    if not together():
+        return tensor
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result)  # gloo cannot average
+    return result / dist.get_world_size()

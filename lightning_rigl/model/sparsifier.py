@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_rigl.methods.base import Method, Moment
-from lightning_rigl.model import initial_masks, latent, layers, mask_files, optimizer_state, sharding
+from lightning_rigl.model import (
+    initial_masks,
+    latent,
+    layers,
+    looking,
+    mask_files,
+    optimizer_state,
+    sharding,
+    sparse_init,
+)
 from lightning_rigl.model.around_step import AroundStep
 from lightning_rigl.model.grown import INITIAL, grown
 from lightning_rigl.model.new_masks import new_masks
@@ -48,6 +57,7 @@ class Sparsifier:
             the non-zeros decide the counts themselves.
         seed: of all randomness here; None is ``torch.initial_seed()``. The global generator is never used.
         growth: what new connections are worth.
+        rescale: multiply the initial weights for the masks, see `sparse_init.rescale`; None leaves them.
 
     Raises:
         ValueError: bad input; nothing has been changed then. The message names the way out.
@@ -80,6 +90,7 @@ class Sparsifier:
         init: str | Mapping[str, Tensor] = "random",
         seed: int | None = None,
         growth: Growth | None = None,
+        rescale: sparse_init.How | None = None,
     ) -> None:
         distribution = Distribution.of(distribution)
         self.model = model
@@ -97,6 +108,8 @@ class Sparsifier:
         parameters = layers.named_parameters(model)
         initial_masks.refuse_shards(parameters, masks, self.method, self.growth)
         initial = {name: parameters[name].detach().clone() for name in masks if self.growth.values == INITIAL}
+        if rescale is not None:
+            sparse_init.rescale_weights(model, parameters, masks, rescale)
         self.layers = SparseLayers(parameters, masks)
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
@@ -147,6 +160,46 @@ class Sparsifier:
             for layer in self.layers.values():
                 layer.last = step - 1
         self.layers.check_agreement()
+
+    @property
+    def needs_look(self) -> bool:
+        """Whether the method is to score the connections, by `look`, before the next step."""
+        known = self.updates or any(looking.SCORE in layer.notes for layer in self.layers.values())
+        return self.method.has("look") and not known
+
+    def look(
+        self,
+        loss: Callable[[nn.Module], Tensor],
+        example: Tensor | None = None,
+        twin: nn.Module | None = None,
+    ) -> None:
+        """Let the method score all connections before the first step, if it does that (GraSP, SynFlow).
+
+        The model is not touched: a copy is scored, and random numbers are drawn apart. Scores are averaged
+        over the processes of a distributed run. Once an update has been made, or scores are known, it does
+        nothing.
+
+        Args:
+            loss: a copy of the model -> its loss on the first batch, with a graph.
+            example: the floating input of that batch, of one sample or more.
+            twin: a copy of the model that may be changed; None makes one.
+
+        Raises:
+            ValueError: the scores do not fit the layers or are not finite; nothing has been changed then.
+
+        Example:
+            >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+            >>> sparsifier = Sparsifier(model, 0.75, method="grasp")
+            >>> sparsifier.start()
+            >>> sparsifier.look(lambda model: model(x).square().mean(), example=x)
+            >>> sparsifier.needs_look
+            False
+        """
+        if self.needs_look:
+            twin = looking.copied(self.model) if twin is None else twin
+            targets = {name: layer.target for name, layer in self.layers.items()}
+            for name, score in looking.first_scores(twin, self.method, targets, loss, example).items():
+                self.layers[name].notes[looking.SCORE] = score
 
     def reset_state(self, optimizer: Optimizer) -> None:
         """Make an optimizer's state fresh where connections are inactive, in case it has trained densely."""

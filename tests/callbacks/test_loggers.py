@@ -28,6 +28,7 @@ SETTINGS = {  # as text: a logger may keep all hyperparameters as text
     "sparsity/init": "random",
     "sparsity/seed": "3",
     "sparsity/growth": "None",
+    "sparsity/rescale": "None",
     "sparsity/end": "30",
 }
 
