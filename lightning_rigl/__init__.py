@@ -20,8 +20,11 @@ from lightning_rigl.methods.base import Connections, Method, Moment, Probe
 from lightning_rigl.methods.rigl import RigL
 from lightning_rigl.methods.set import SET
 from lightning_rigl.methods.static import Static
+from lightning_rigl.model.mask_controls import shuffled
 from lightning_rigl.model.mask_files import load_masks
 from lightning_rigl.model.sparsifier import Sparsifier
+from lightning_rigl.tickets.driver import LotteryTickets
+from lightning_rigl.tickets.folder import Ticket
 from lightning_rigl.topology.distributions import ER, ERK, Distribution, PerLayer, Uniform
 from lightning_rigl.topology.ends import Ends
 from lightning_rigl.topology.growth import Growth
@@ -42,6 +45,7 @@ __all__ = [
     "FLOPsPlan",
     "FLOPsReport",
     "Growth",
+    "LotteryTickets",
     "Method",
     "Moment",
     "Pattern",
@@ -52,11 +56,13 @@ __all__ = [
     "SmartRatio",
     "Sparsifier",
     "Static",
+    "Ticket",
     "Uniform",
     "Unstructured",
     "UpdateSchedule",
     "load_masks",
     "plan_flops",
+    "shuffled",
     "sparsity_for_ratio",
     "steps_for_budget",
 ]
