@@ -17,9 +17,24 @@ from lightning_rigl.flops.plan import FLOPsPlan
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
 from lightning_rigl.flops.report import FLOPsReport
 from lightning_rigl.methods.base import Connections, Method, Moment, Probe
+from lightning_rigl.methods.cigl import CigL
+from lightning_rigl.methods.deepr import DeepR
+from lightning_rigl.methods.dnw import DNW
+from lightning_rigl.methods.dsr import DSR
+from lightning_rigl.methods.edge_popup import EdgePopup, GlobalEdgePopup
+from lightning_rigl.methods.gem_miner import GemMiner
+from lightning_rigl.methods.gradual import Gradual, GradualGlobal
+from lightning_rigl.methods.grasp import GraSP
 from lightning_rigl.methods.rigl import RigL
+from lightning_rigl.methods.rigl_inverted import RigLInverted
+from lightning_rigl.methods.rigl_sg import RigLSG
+from lightning_rigl.methods.rigl_sm import RigLSM
 from lightning_rigl.methods.set import SET
+from lightning_rigl.methods.snfs import SNFS
+from lightning_rigl.methods.snfs_original import SNFSOriginal
+from lightning_rigl.methods.snip import SNIP, SNIPGlobal
 from lightning_rigl.methods.static import Static
+from lightning_rigl.methods.synflow import SynFlow
 from lightning_rigl.model.mask_controls import shuffled
 from lightning_rigl.model.mask_files import load_masks
 from lightning_rigl.model.sparsifier import Sparsifier
@@ -34,16 +49,28 @@ from lightning_rigl.topology.smart_ratio import SmartRatio
 from lightning_rigl.topology.str_resnet50 import STR
 
 __all__ = [
+    "DNW",
+    "DSR",
     "ER",
     "ERK",
     "SET",
+    "SNFS",
+    "SNIP",
     "STR",
+    "CigL",
     "Connections",
+    "DeepR",
     "Distribution",
+    "EdgePopup",
     "Ends",
     "FLOPsCallback",
     "FLOPsPlan",
     "FLOPsReport",
+    "GemMiner",
+    "GlobalEdgePopup",
+    "GraSP",
+    "Gradual",
+    "GradualGlobal",
     "Growth",
     "LotteryTickets",
     "Method",
@@ -53,9 +80,15 @@ __all__ = [
     "Probe",
     "RigL",
     "RigLCallback",
+    "RigLInverted",
+    "RigLSG",
+    "RigLSM",
+    "SNFSOriginal",
+    "SNIPGlobal",
     "SmartRatio",
     "Sparsifier",
     "Static",
+    "SynFlow",
     "Ticket",
     "Uniform",
     "Unstructured",

@@ -101,7 +101,6 @@ class FLOPsCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew if the totals belong to another model; stop if the budget is spent already."""
-        self._meter.attach(trainer)
         if not self._meter.fits(pl_module):
             rank_zero_warn("FLOPsCallback: these layers are not those counted so far; the totals start anew")
             self._start_anew()
@@ -193,14 +192,9 @@ class FLOPsCallback(Callback):
         if self._meter.table is not None and not trainer.barebones:
             log_levels(pl_module, self._levels(epoch=True), on_step=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizers as they were."""
-        self._meter.detach()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop watching."""
         self._meter.stop()
-        self._meter.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The totals and what was measured last, in plain types."""

@@ -105,6 +105,7 @@ class Meter:
             return  # the step draws its own batch
         form = self._form_of(batch)
         if not module.automatic_optimization:
+            self._attach(trainer)
             if self._watched.get(form, 0) < WATCHED:
                 self._watch(module)
         elif form in self._known and form not in self._fleeting:
@@ -112,18 +113,13 @@ class Meter:
         elif not self._accept(measure_copy(trainer, module, batch, batch_idx, self.samples(batch)), form):
             self._watch(module)
 
-    def attach(self, trainer: Trainer) -> None:
-        """In manual optimization, look at each optimizer's steps: a batch costs what those it has cost."""
-        manual = not trainer.lightning_module.automatic_optimization
-        for index, optimizer in enumerate(trainer.optimizers if manual else ()):
+    def _attach(self, trainer: Trainer) -> None:
+        """In manual optimization, see which optimizers make a step: a batch costs what they cost."""
+        for index, optimizer in enumerate(trainer.optimizers):
             begin = optimizer.register_step_pre_hook(partial(self._begin_step, index))
             end = optimizer.register_step_post_hook(lambda *_: self.own_products(False))
             self._hooks.callback(begin.remove)
             self._hooks.callback(end.remove)
-
-    def detach(self) -> None:
-        """Leave the optimizers as they were."""
-        self._hooks.close()
 
     def _begin_step(self, index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
         self._stepped.append(index)
@@ -139,8 +135,9 @@ class Meter:
         self._watching.close()
 
     def stop(self) -> Tracer | None:
-        """Watch no longer; returns what was seen."""
+        """Watch no longer; returns what was seen. The optimizers are as they were."""
         self._watching.close()
+        self._hooks.close()
         tracer, self._tracer = self._tracer, None
         return tracer
 

@@ -238,7 +238,7 @@ class RigLCallback(Callback):
         self._clock.tick(trainer, optimizer)
         over = self._clock.is_over(trainer)
         scaler = self._empty_step.scaler(trainer, optimizer)
-        if scaler and (over or sparsifier.is_due(optimizer, step, time)):
+        if scaler and (over or sparsifier.sees_gradient(optimizer, step, time)):
             scaler.unscale_(optimizer)
         if over:
             optimizer.zero_grad()  # they are of the last epoch, and the weights are the average now

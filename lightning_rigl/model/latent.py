@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_rigl.methods.base import Method, Moment
 from lightning_rigl.model.sparse_layer import SparseLayer
@@ -39,10 +40,25 @@ def push(layers: Sequence[SparseLayer]) -> None:
 @torch.no_grad()
 def project(layers: Sequence[SparseLayer], method: Method, moment: Moment, seed: int) -> None:
     """Take the masks and the weights that follow from the variables."""
+    for layer, mask, weight in _following(layers, method, moment, seed):
+        layer.parameter.copy_(weight)
+        layer.replace(mask)
+
+
+@torch.no_grad()
+def restore(layers: Sequence[SparseLayer], method: Method, seed: int) -> None:
+    """Take the weights that follow from the variables, under the masks that the layers have."""
+    for layer, _, weight in _following(layers, method, Moment(0, due=False), seed):
+        layer.parameter.copy_(weight)
+        layer.mask_weight()
+
+
+def _following(
+    layers: Sequence[SparseLayer], method: Method, moment: Moment, seed: int
+) -> Iterator[tuple[SparseLayer, Tensor, Tensor]]:
     groups = [list(layers)] if method.scope == "model" else [[layer] for layer in layers]
     for group in groups:
         seen = [layer.connections(seed, moment.step, with_gradient=False) for layer in group]
         variables = [layer.notes[VARIABLE] for layer in group]
         for layer, (mask, weight) in zip(group, method.project(seen, variables, moment), strict=True):
-            layer.parameter.copy_(weight)
-            layer.replace(mask)
+            yield layer, mask, weight

@@ -54,6 +54,14 @@ class SparseLayer:
         self.mask_weight()
         return changed
 
+    def saved_notes(self) -> dict[str, Tensor]:
+        """The method's notes as they are now."""
+        return {key: note.detach().clone() for key, note in self.notes.items()}
+
+    def take_notes(self, notes: Mapping[str, Tensor]) -> None:
+        """Copies of what was saved."""
+        self.notes = {key: note.to(self.parameter.device, copy=True) for key, note in notes.items()}
+
     def connections(self, seed: int, step: int, with_gradient: bool) -> Connections:
         """The layer as a method sees it: whole, its values in at least 32 bits."""
         grad = self.gradient if with_gradient else None

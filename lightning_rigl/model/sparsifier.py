@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -119,6 +120,8 @@ class Sparsifier:
         self.timetable: Timetable | None = None
         self.numbers: dict[str, float] = {}  # what the method keeps of the whole model
         self._zeros_unchecked = True  # until an optimizer has made a step
+        after = self.schedule is not None and self.schedule.policy == "after_step"
+        self._reads = self.method.gradient != "never" or not after  # gradients that an update waits for
         self._stepped = False  # the last step was an optimizer's, no update
         self._around: AroundStep | None = None
         if AroundStep.needed(self.method, self.schedule):
@@ -210,6 +213,11 @@ class Sparsifier:
         """Whether `before_step` would update the topology, if the gradients are finite."""
         return self._due(self.layers.of(optimizer), step, clock)
 
+    def sees_gradient(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
+        """Whether `before_step` would show a gradient to the method, or look whether it is finite."""
+        sees = self.method.has("observe") or self.method.latent
+        return sees or self.is_due(optimizer, step, clock)
+
     def reads_gradient(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
         """Whether `before_step` would read the gradients of inactive connections."""
         return self.method.gradient == "every_step" or self.is_due(optimizer, step, clock)
@@ -240,10 +248,11 @@ class Sparsifier:
         """
         own = self.layers.of(optimizer)
         due = self._due(own, step, clock)
-        if due and not self._gradients_are_finite(own):
+        if due and self._reads and not self._gradients_are_finite(own):
             self.postponed += 1
             due = False
         skips = due and self.timetable is not None and self.timetable.policy == "skip_step"
+        skips = skips and not self.method.latent  # its updates follow a step of the variables
         self._stepped = not skips
         if own and last_update(own, step) == step:
             _drop_gradients(optimizer)
@@ -322,6 +331,7 @@ class Sparsifier:
         """An update of these layers is done."""
         for layer in own:
             layer.last = moment.step
+            layer.notes.pop(looking.SCORE, None)  # it has served
         self.drop_fraction = moment.fraction
         self.updates += 1
         self.layers.check_agreement()
@@ -363,9 +373,9 @@ class Sparsifier:
             "masks": mask_files.pack_masks(self.masks),
             "last": {name: layer.last for name, layer in self.layers.items()},
             "targets": {name: layer.target for name, layer in self.layers.items()},
-            "notes": {name: layer.notes for name, layer in self.layers.items() if layer.notes},
+            "notes": {name: layer.saved_notes() for name, layer in self.layers.items() if layer.notes},
             "timetable": asdict(self.timetable) if self.timetable else None,
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: copy(getattr(self, name)) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -381,11 +391,11 @@ class Sparsifier:
         for name, layer in self.layers.items():
             layer.replace(masks[name])
             layer.last, layer.target = state["last"][name], state["targets"][name]
-            layer.notes = {
-                key: v.to(layer.parameter.device) for key, v in state["notes"].get(name, {}).items()
-            }
+            layer.take_notes(state["notes"].get(name, {}))
         for name in _PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, copy(state[name]))
+        if self.method.latent:
+            latent.restore(list(self.layers.values()), self.method, self.seed)
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None
         if self._around:
             self._around.seed = self.seed
