@@ -7,16 +7,18 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_rigl.flops.closed_forms import mean_step, training_ratios
 from lightning_rigl.flops.costs import Convention, CostTable
 from lightning_rigl.flops.formulas import RunCost, SampleCost
 from lightning_rigl.flops.report import LayerFLOPs, ratio
-from lightning_rigl.flops.runs import Gradient, budget_in_flops, longest_run, run_cost, updates_due
+from lightning_rigl.flops.runs import Gradient, Stage, budget_in_flops, longest_run, run_cost, updates_due
 from lightning_rigl.topology.schedules import UpdateSchedule
 from lightning_rigl.topology.tables import Table
+
+NOMINAL = 32_000  # steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class FLOPsPlan:
         convention: how FLOPs are counted, see `forward_cost`.
         unknown: operators that read a weight and are not counted.
         unseen: sparse layers that took part in no product.
+        stage: what a sample costs after the update at a progress, of a method that starts dense.
     """
 
     layers: tuple[LayerFLOPs, ...]
@@ -64,6 +67,7 @@ class FLOPsPlan:
     convention: Convention = "2mac"
     unknown: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    stage: Stage | None = field(default=None, compare=False, repr=False)
 
     @property
     def forward_ratio(self) -> float:
@@ -77,9 +81,13 @@ class FLOPsPlan:
 
     @property
     def training_ratio(self) -> float:
-        """That of the plan's own method: by its schedule if ``steps`` are known, else by its closed form."""
-        if self.run:
-            return ratio(self.run.train, self.run.train_dense)
+        """That of the plan's own method: by its schedule if ``steps`` are known, else by its closed form.
+
+        One that starts dense has none for every schedule: it is that of a training of 32,000 steps.
+        """
+        run = self._run(NOMINAL) if self.stage and not self.run else self.run
+        if run:
+            return ratio(run.train, run.train_dense)
         mean = mean_step(self.cost.forward, self.cost.forward_dense, self.gradient, self.every)
         return float(mean / (3 * self.cost.forward_dense)) if self.cost.forward_dense else 1.0
 
@@ -88,7 +96,10 @@ class FLOPsPlan:
         """The cost of all steps by the real schedule; None if their number is unknown."""
         if self.steps is None:
             return None
-        return run_cost(self.cost, self.steps, self.gradient, self.schedule, self.batch_size)
+        return self._run(self.steps)
+
+    def _run(self, steps: int) -> RunCost:
+        return run_cost(self.cost, steps, self.gradient, self.schedule, self.batch_size, self.stage)
 
     @property
     def updates(self) -> int | None:
@@ -105,7 +116,7 @@ class FLOPsPlan:
             ValueError: no budget, one that does not pay for a step, or a multiple of an unknown length.
         """
         flops = budget_in_flops(budget, 3 * self.cost.forward_dense * self.batch_size, self.steps)
-        steps = longest_run(flops, self.cost, self.gradient, self.schedule, self.batch_size)
+        steps = longest_run(flops, self.cost, self.gradient, self.schedule, self.batch_size, self.stage)
         return replace(self, steps=steps, budget=flops)
 
     def layer_table(self) -> Table:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, Literal
 
 from lightning_rigl.flops.costs import Convention, check_convention
-from lightning_rigl.flops.formulas import sample_cost
+from lightning_rigl.flops.formulas import SampleCost, sample_cost
 from lightning_rigl.flops.measure import Measurement, Source, measurement
 from lightning_rigl.flops.plan import FLOPsPlan, layer_rows, model_bytes
+from lightning_rigl.flops.runs import Stage
 from lightning_rigl.methods.base import Method
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.schedules import UpdateSchedule
@@ -37,7 +39,8 @@ def plan_flops(
         example: inputs of the module: tensors or shapes; none for a table or shapes.
         sparsity: fraction of zeros over the sparse layers, in [0, 1).
         distribution: how the connections are shared between layers, or its short name.
-        method: which method trains, or its short name.
+        method: which method trains, or its short name; one that shares connections between layers while it
+            trains is planned as if it did not.
         schedule: when the topology is updated; None is the method's own default.
         steps: length of training in optimizer steps; without it there are closed forms only.
         include: regular expressions of the layers to make sparse, in place of the default; of a table or
@@ -228,7 +231,22 @@ def _plan(
         convention=convention,
         unknown=known.table.unknown,
         unseen=known.unseen,
+        stage=_stage(known, counts, method, convention) if method.starts_dense else None,
     )
+
+
+def _stage(known: Measurement, targets: Mapping[str, int], method: Method, convention: Convention) -> Stage:
+    """What a sample costs at each time of a training that starts dense."""
+    sizes = {name: math.prod(known.shapes[name]) for name in targets}
+
+    @cache
+    def cost(progress: float | None) -> SampleCost:
+        if progress is None:
+            return sample_cost(known.table, {}, convention)
+        counts = {name: method.planned(sizes[name], targets[name], progress) for name in targets}
+        return sample_cost(known.table, counts, convention)
+
+    return cost
 
 
 def _last(end: int, holds: Callable[[int], bool]) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lightning_rigl.flops.formulas import RunCost, SampleCost
-from lightning_rigl.topology.schedules import UpdateSchedule
+from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
 
 Gradient = Literal["never", "at_updates", "every_step"]
+Stage: TypeAlias = Callable[[float | None], SampleCost]
 
 
 def updates_due(schedule: UpdateSchedule | None, steps: int) -> int:
@@ -35,15 +37,18 @@ def run_cost(
     gradient: Gradient = "at_updates",
     schedule: UpdateSchedule | None = None,
     batch_size: int = 1,
+    stage: Stage | None = None,
 ) -> RunCost:
     """What ``steps`` optimizer steps cost, an update taking the place of a step.
 
     Args:
-        cost: what one sample costs; the same at each step, since an update keeps the counts.
+        cost: what one sample costs; the same at each step, where an update keeps the counts.
         steps: optimizer steps, updates among them.
         gradient: when the method reads the gradient of inactive connections.
         schedule: when the topology is updated; None: never.
         batch_size: samples per optimizer step, those of all micro-batches together.
+        stage: what a sample costs after the update at a progress, and before the first (None), where that
+            changes; ``cost`` has no say then.
 
     Reference:
         Evci et al., *Rigging the Lottery: Making All Tickets Winners*, ICML 2020, arXiv:1911.11134, app. H.
@@ -54,9 +59,20 @@ def run_cost(
         >>> run.train, run.train_dense
         (10437126784, 102220800000)
     """
+    if stage is not None and schedule is not None:
+        return _staged(stage, steps, gradient, schedule.resolve(steps), batch_size)
     updates = updates_due(schedule, steps)
     ordinary = RunCost().after((steps - updates) * batch_size, cost, gradient=gradient)
     return ordinary.after(updates * batch_size, cost, gradient=gradient, updated=True)
+
+
+def _staged(stage: Stage, steps: int, gradient: Gradient, timetable: Timetable, batch_size: int) -> RunCost:
+    run, cost, done = RunCost(), stage(None), 0
+    for step in range(timetable.begin, min(timetable.end, steps), timetable.every):
+        run = run.after((step - done) * batch_size, cost, gradient=gradient)
+        run = run.after(batch_size, cost, gradient=gradient, updated=True)
+        cost, done = stage(timetable.progress(step)), step + 1
+    return run.after((steps - done) * batch_size, cost, gradient=gradient)
 
 
 def longest_run(
@@ -65,6 +81,7 @@ def longest_run(
     gradient: Gradient = "at_updates",
     schedule: UpdateSchedule | None = None,
     batch_size: int = 1,
+    stage: Stage | None = None,
 ) -> int:
     """The most optimizer steps whose `run_cost` stays within a budget, as its ``train`` counts.
 
@@ -76,6 +93,7 @@ def longest_run(
         gradient: when the method reads the gradient of inactive connections.
         schedule: when the topology is updated; None: never.
         batch_size: samples per optimizer step.
+        stage: as for `run_cost`.
 
     Raises:
         ValueError: the budget does not pay for one step, or a step costs nothing.
@@ -86,7 +104,7 @@ def longest_run(
     """
 
     def spent(steps: int) -> int:
-        return run_cost(cost, steps, gradient, schedule, batch_size).train
+        return run_cost(cost, steps, gradient, schedule, batch_size, stage).train
 
     ordinary = run_cost(cost, 1, gradient, None, batch_size).train
     within, beyond = 0, budget // max(ordinary, 1) + 1

@@ -140,6 +140,10 @@ class Method(Part):
         active = [0 if layer.mask.all() else layer.active for layer in layers]
         return [(int(moment.fraction * count),) * 2 for count in active]
 
+    def planned(self, size: int, target: int, progress: float) -> int:
+        """Of a method that starts dense: a layer's connections after the update at this progress."""
+        return target
+
     def look(self, probe: Probe) -> dict[str, Tensor]:
         """Scores of all connections before the first step, by name: they become ``notes["score"]``."""
         raise NotImplementedError

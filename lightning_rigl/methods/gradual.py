@@ -40,6 +40,10 @@ class Gradual(Method):
     starts_dense = True
     schedule = _SCHEDULE
 
+    def planned(self, size: int, target: int, progress: float) -> int:
+        """What `remaining` says: the cubic curve."""
+        return remaining(size, target, progress)
+
     def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
         """Drop down to the cubic curve of each layer; grow nothing."""
         counts = [remaining(x.mask.numel(), x.target, moment.progress) for x in layers]
@@ -75,6 +79,10 @@ class GradualGlobal(Method):
     starts_dense = True
     scope = "model"
     schedule = _SCHEDULE
+
+    def planned(self, size: int, target: int, progress: float) -> int:
+        """What `remaining` says: each layer as if its curve were its own."""
+        return remaining(size, target, progress)
 
     def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
         """Drop down to the cubic curve of all layers together; grow nothing."""

@@ -170,7 +170,7 @@ def test_the_methods_are_compared_at_one_distance_of_updates(every):
         ("lenet", {}, "a torch.nn.Module, a CostTable or bare shapes.* got str"),
         ([(300, 784)], {}, "got list"),
         (LENET, {"convention": "macs"}, "the known ones are 2mac, official"),
-        (LENET, {"method": "snfs"}, "the known ones are .*rigl.*, set, .*static"),
+        (LENET, {"method": "riggle"}, "the known ones are .*rigl.*, set, .*static"),
         (measurement(LENET), {"include": ["0"]}, "a Measurement has its layers"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -47,9 +47,17 @@ class Learner(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("method", ["rigl", "set", "static"])
+PRUNING = UpdateSchedule(every=3, begin=0.3, end=0.8, policy="after_step")
+SCHEDULES = dict.fromkeys(
+    ("rigl", "set", "snfs", "static", "riglinverted"), UpdateSchedule(every=3, end=0.75)
+)
+SCHEDULES |= {"gradual": PRUNING, "snip": None, "synflow": None}
+UPDATES = {"static": 0, "gradual": 4, "snip": 1, "synflow": 1}
+
+
+@pytest.mark.parametrize("method", SCHEDULES)
 def test_a_training_costs_what_was_planned(method):
-    schedule = UpdateSchedule(every=3, end=0.75)
+    schedule = SCHEDULES[method]
     flops, rigl = FLOPsCallback(), RigLCallback(0.8, method=method, schedule=schedule)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=20, callbacks=[rigl, flops], logger=False, **quiet)
@@ -57,7 +65,7 @@ def test_a_training_costs_what_was_planned(method):
     trainer.fit(module, torch.utils.data.DataLoader(torch.randn(80, 20), batch_size=4))
     plan = plan_flops(module, (4, 20), sparsity=0.8, method=method, schedule=schedule, steps=20)
     report = flops.report()
-    assert plan.updates == rigl.sparsifier.updates == (0 if method == "static" else 4)
+    assert plan.updates == rigl.sparsifier.updates == UPDATES.get(method, 4)
     assert (plan.run.train, plan.run.train_dense) == (report.train, report.train_dense)
     assert plan.run.train_actual == report.train_actual
 
@@ -103,6 +111,17 @@ def test_the_longest_run_is_the_longest_of_all(cost, budget, gradient, schedule)
     else:
         with pytest.raises(ValueError, match="the first step of 1 samples costs"):
             longest_run(budget, cost, gradient, schedule)
+
+
+def test_gradual_pruning_costs_what_the_closed_form_says_over_a_long_training():
+    shapes = {"a": ((300, 784), 1), "b": ((100, 300), 1), "c": ((10, 100), 1)}
+    plan = plan_flops(shapes, sparsity=0.9, distribution="uniform", method="gradual")
+    assert plan.training_ratio == pytest.approx(plan.training["gradual_pruning"], abs=0.01)
+    within = plan_flops(shapes, method="gradual", steps=1000).within("1.0x")
+    spent = [
+        plan_flops(shapes, method="gradual", steps=n).run.train for n in (within.steps, within.steps + 1)
+    ]
+    assert spent[0] <= within.budget < spent[1]
 
 
 def test_a_step_that_costs_nothing_is_refused():
