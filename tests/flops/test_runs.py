@@ -51,8 +51,8 @@ PRUNING = UpdateSchedule(every=3, begin=0.3, end=0.8, policy="after_step")
 SCHEDULES = dict.fromkeys(
     ("rigl", "set", "snfs", "static", "riglinverted"), UpdateSchedule(every=3, end=0.75)
 )
-SCHEDULES |= {"gradual": PRUNING, "snip": None, "synflow": None}
-UPDATES = {"static": 0, "gradual": 4, "snip": 1, "synflow": 1}
+SCHEDULES |= {"gradual": PRUNING, "snip": None}
+UPDATES = {"static": 0, "gradual": 4, "snip": 1}
 
 
 @pytest.mark.parametrize("method", SCHEDULES)
