@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
@@ -43,13 +43,29 @@ def first_look(
     name = type(sparsifier.method).__name__
     leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     with isolate_rng(include_cuda=module.device.type == "cuda"), _disable_current_modes():
-        twin = _told(lambda: _twin(trainer, module), f"{name} scores a copy of the module, which has none")
+        twin = copied(trainer, module, f"{name} scores a copy of the module, which has none")
         failed = f"{name} scores by the loss of the first batch, of which training_step gives none on a copy"
         sparsifier.look(
-            lambda model: _told(lambda: _loss(trainer, model, batch, batch_idx), failed),
-            next(leaves, None),
-            twin,
+            lambda model: loss_of(trainer, model, batch, batch_idx, failed), next(leaves, None), twin
         )
+
+
+def copied(trainer: Trainer, module: LightningModule, failed: str) -> LightningModule:
+    """A copy of the module with its values, without a trainer and a voice.
+
+    Raises:
+        MisconfigurationException: it cannot be copied; ``failed`` says for what it is needed.
+    """
+    return cast(LightningModule, _told(lambda: _twin(trainer, module), failed))
+
+
+def loss_of(trainer: Trainer, twin: nn.Module, batch: Any, batch_idx: int, failed: str) -> Tensor:
+    """The loss of a training step on such a copy.
+
+    Raises:
+        MisconfigurationException: there is none; ``failed`` says for what it is needed.
+    """
+    return cast(Tensor, _told(lambda: _loss(trainer, twin, batch, batch_idx), failed))
 
 
 def _told(attempt: Callable[[], Any], failed: str) -> Any:

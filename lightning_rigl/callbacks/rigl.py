@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from lightning_rigl.callbacks.checks import (
 from lightning_rigl.callbacks.clock import Clock, shortfall
 from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.first_look import first_look
+from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
@@ -63,6 +65,8 @@ class RigLCallback(Callback):
         seed: of all randomness here; None is the first process's torch.initial_seed(). The global generator
             is never used.
         growth: what new connections are worth; None is zero, with fresh optimizer state.
+        growth_data: batches as for ``training_step``, whose gradient the updates read in place of that
+            of the step; for methods that read it at updates. Their own cost is not counted.
         rescale: multiply the initial weights so that each ``layer``, or each ``neuron``, sees the variance of
             the dense one; None leaves them. For a model at its initialisation only.
 
@@ -92,6 +96,7 @@ class RigLCallback(Callback):
         seed: int | None = None,
         growth: Growth | None = None,
         rescale: Literal["layer", "neuron"] | None = None,
+        growth_data: Iterable[Any] | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, type(None))):
             raise TypeError(f"seed: an int or None, got {seed!r}")
@@ -111,6 +116,10 @@ class RigLCallback(Callback):
         initial_masks.check(sparsity, self.settings["distribution"], init)
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
             raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
+        if growth_data is not None and self.settings["method"].gradient != "at_updates":
+            name = type(self.settings["method"]).__name__
+            raise ValueError(f"growth_data: {name} does not read the gradient at updates; leave it out")
+        self._held_out = None if growth_data is None else HeldOut(growth_data)
         self.sparsifier: Sparsifier | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until the model is there
         self._module: weakref.ref[LightningModule] | None = None  # the one that Lightning runs now
@@ -206,6 +215,8 @@ class RigLCallback(Callback):
             sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
+        if self._held_out:
+            self._held_out.start(sparsifier.updates)
         for message in (shortfall(trainer, sparsifier.timetable, self._clock.length), *concerns(trainer)):
             self._say(message)
         log_hyperparameters(trainer, sparsifier, self.settings)
@@ -240,6 +251,8 @@ class RigLCallback(Callback):
         scaler = self._empty_step.scaler(trainer, optimizer)
         if scaler and (over or sparsifier.sees_gradient(optimizer, step, time)):
             scaler.unscale_(optimizer)
+        if self._held_out and not over and sparsifier.is_due(optimizer, step, time):
+            self._held_out.keep(trainer, pl_module, sparsifier)
         if over:
             optimizer.zero_grad()  # they are of the last epoch, and the weights are the average now
         elif sparsifier.before_step(optimizer, step, time):

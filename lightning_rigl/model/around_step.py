@@ -57,7 +57,8 @@ class AroundStep:
             return
         if moment.due and self._method.gradient != "never":
             for layer in own:
-                layer.keep_gradient()
+                if layer.kept is None:  # else it is that of a held-out batch
+                    layer.keep_gradient()
         if self._method.latent:
             latent.pull(own, self._method, moment.step, seed)
         self._after = partial(self._follow, optimizer, own, moment)
