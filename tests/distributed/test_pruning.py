@@ -30,7 +30,9 @@ class Scores(pl.Callback):
     def __init__(self, rigl):
         self.rigl = rigl
 
-    def on_train_end(self, trainer, module):
+    def on_after_backward(self, trainer, module):  # the update forgets them
+        if trainer.global_step:
+            return
         notes = {name: layer.notes.get("score") for name, layer in self.rigl.sparsifier.layers.items()}
         torch.save(notes, f"scores{trainer.global_rank}.pt")
 
