@@ -157,7 +157,9 @@ def training_length(trainer: Trainer, epochs: int | None) -> int | None:
     return steps if by_hand or trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
-def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None) -> str | None:
+def shortfall(
+    trainer: Trainer, timetable: Timetable | None, length: int | None, resumed: bool = False
+) -> str | None:
     """What to say of a training that is too short for its updates; None if there is nothing to say."""
     trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
     if timetable is None or length is None or trial or not trainer.lightning_module.automatic_optimization:
@@ -166,6 +168,11 @@ def shortfall(trainer: Trainer, timetable: Timetable | None, length: int | None)
         return (
             f"no topology update will take place: the first is due at step {timetable.begin}, updates end at "
             f"{timetable.end}, training has {length} steps; lower every, or begin"
+        )
+    if trainer.global_step >= timetable.end and not resumed:
+        return (
+            f"no topology update will take place: the last is due before step {timetable.end}, and this "
+            f"training goes on from step {trainer.global_step} of a dense one; raise end, or start at step 0"
         )
     if length < timetable.end:
         return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"

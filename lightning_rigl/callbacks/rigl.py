@@ -217,7 +217,10 @@ class RigLCallback(Callback):
                 sparsifier.reset_state(optimizer)
         if self._held_out:
             self._held_out.start(sparsifier.updates)
-        for message in (shortfall(trainer, sparsifier.timetable, self._clock.length), *concerns(trainer)):
+        for message in (
+            shortfall(trainer, sparsifier.timetable, self._clock.length, resumed or sparsifier.updates > 0),
+            *concerns(trainer),
+        ):
             self._say(message)
         log_hyperparameters(trainer, sparsifier, self.settings)
 

@@ -52,7 +52,7 @@ def first_masks(
     parameters = layers.named_parameters(model)
     dense = layers.matching(model, exclude or (), "exclude")
     masks = {name: mask for name, mask in given.items() if name not in dense}
-    mask_files.check_masks(masks, parameters)
+    mask_files.check_masks(masks, parameters, method.scope == "model")
     masks = {name: mask.detach().to(parameters[name].device, copy=True) for name, mask in masks.items()}
     return masks, {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 

@@ -19,8 +19,13 @@ from lightning_rigl.topology.patterns import Pattern
 VERSION = 2  # of the saved state
 
 
-def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise ValueError unless every mask is bool, has an active connection and fits a parameter."""
+def check_masks(
+    masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], may_be_empty: bool = False
+) -> None:
+    """Raise ValueError unless every mask is bool, fits a parameter and has an active connection.
+
+    Methods that count over the whole model may empty a layer: ``may_be_empty``.
+    """
     if not masks:
         raise ValueError("the masks are empty: there is no layer to make sparse")
     for name, mask in masks.items():
@@ -40,7 +45,7 @@ def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Paramet
             raise ValueError(
                 f"{name}: only floating parameters can be sparse, it is {parameters[name].dtype}"
             )
-        if mask.dtype != torch.bool or not mask.any():
+        if mask.dtype != torch.bool or not (may_be_empty or mask.any()):
             raise ValueError(f"{name}: a mask is a bool tensor with at least one True, got {mask.dtype}")
 
 

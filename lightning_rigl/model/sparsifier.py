@@ -385,7 +385,7 @@ class Sparsifier:
             ValueError: a state of another format, method or model; nothing has been changed then.
         """
         masks = mask_files.check_state(state, self.identity)
-        mask_files.check_masks(masks, self.parameters)
+        mask_files.check_masks(masks, self.parameters, self.method.scope == "model")
         if missing := self.layers.keys() - masks.keys():
             raise ValueError(f"masks do not fit the model: there are none for {', '.join(sorted(missing))}")
         for name, layer in self.layers.items():

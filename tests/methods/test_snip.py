@@ -136,3 +136,33 @@ def test_a_schedule_of_the_users_own_prunes_at_its_first_update():
         if done > 5:
             assert all(torch.equal(before[name], mask) for name, mask in sparsifier.masks.items())
         before = snapshot(sparsifier)
+
+
+def test_a_run_that_goes_on_from_a_dense_checkpoint_is_told_that_it_stays_dense(tmp_path):
+    module = small()
+    first = trainer(max_epochs=2)
+    first.fit(module, data())
+    first.save_checkpoint(tmp_path / "dense.ckpt")
+    with pytest.warns(
+        UserWarning, match="the last is due before step 10, and this training goes on from step"
+    ):
+        trainer(RigLCallback(0.8, SNIP()), max_epochs=4).fit(
+            module, data(), ckpt_path=tmp_path / "dense.ckpt"
+        )
+
+
+def test_a_layer_that_is_emptied_can_be_saved_and_loaded():
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier = Sparsifier(model, 0.8, SNIPGlobal())
+    sparsifier.start()
+    x, y = batches(1)[0]
+    nn.functional.mse_loss(model(x), y).backward()
+    sparsifier.layers["2.weight"].parameter.grad.zero_()
+    assert sparsifier.before_step(optimizer, 0)
+    assert sparsifier.counts["2.weight"] == 0
+    again = Sparsifier(network(), 0.8, SNIPGlobal())
+    again.load_state_dict(sparsifier.state_dict())
+    assert again.counts == sparsifier.counts
