@@ -1,39 +1,52 @@
-"""Every method on MNIST, LeNet-300-100, side by side; see ``--help`` for the studies.
+"""Methods side by side: the studies, and the folder DIR with their data.
 
-    python benchmarks/methods.py all --data-dir DIR       20 epochs, every method at 90 and 98 %, 3 seeds
+    python benchmarks/methods.py all --data-dir DIR           MNIST, 20 epochs, every method at 90 and 98 %
+    python benchmarks/methods.py equal-flops --data-dir DIR   MNIST, the training FLOPs of 10 dense epochs
+    python benchmarks/methods.py published --data-dir DIR     MNIST, 100 epochs, beside published values
+    python benchmarks/methods.py text --data-dir DIR          a GRU on characters, 2,000 steps
+    python benchmarks/methods.py cifar --data-dir DIR         a small WideResNet on CIFAR-10
+    python benchmarks/methods.py cifar --protocol paper --data-dir DIR        WRN-22-2, 250 epochs, on a GPU
 
-DIR holds mnist.npz, or torchvision's MNIST/raw. Results are stored after every run under ``results/``, and
-runs that stand there already are not repeated.
+MNIST: mnist.npz, or torchvision's MNIST/raw; text: tinyshakespeare.txt; cifar: cifar10_jpeg.npz. Results and
+a picture are stored after every run under ``results/``, and runs that stand there are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 
-from lightning_rigl import FLOPsCallback, GemMiner, Method, RigLCallback, UpdateSchedule
+import cifar_study
+import mnist_studies
+import text_study
+from digits import quiet  # of the examples; the studies have said where they are
+from lightning_rigl import FLOPsCallback, GemMiner, Method, RigLCallback
 from machine import RESULTS
-from studies import Case, Study, run
+from mnist_studies import (
+    BATCH_SIZE,
+    LR,
+    OF_THE_PAPER,
+    PRUNING,
+    UPDATES,
+    WEIGHT_DECAY,
+    accuracy,
+    batches,
+    common,
+    dense_flops,
+    images,
+    schedule_of,
+    widths_of,
+)
+from networks import Classifier, mlp
+from studies import Case, Study, new_trainer, outcome, run
 
-# the examples are not installed with the package
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
-from data import Batches, Digits, load
-from digits import quiet
-from networks import Classifier, mlp, thin_widths
-
-BATCH_SIZE, LR, WEIGHT_DECAY, EPOCHS = 100, 0.1, 5e-4, 20
-UPDATES = UpdateSchedule(every=100, drop_fraction=0.3, end=0.75)
-PRUNING = UpdateSchedule(every=100, begin=10 / 32, end=25 / 32, policy="after_step")
-OF_THE_PAPER = ("rigl", "set", "snfs", "snfsoriginal", "riglsg", "riglsm", "riglinverted", "cigl")
+EPOCHS = 20
 OF_THEIR_OWN = ("static", "dsr", "deepr", "dnw", "snip", "snipglobal", "grasp", "synflow", "edgepopup")
 SPARSE = (*OF_THE_PAPER, "gradual", "gradualglobal", *OF_THEIR_OWN, "gemminer")
 
@@ -58,8 +71,7 @@ class StepDecay(Classifier):
 def settings(epochs: int) -> dict[str, Any]:
     """What two sets of runs must share to be compared."""
     return {
-        "model": "LeNet-300-100, ReLU, PyTorch's default initialisation; biases dense",
-        "data": "60,000 images, standardised by mean and deviation of all training pixels, no augmentation",
+        **common(),
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
         "optimizer": f"SGD, lr {LR}, momentum 0.9, weight decay {WEIGHT_DECAY}; the same for all",
@@ -72,27 +84,13 @@ def settings(epochs: int) -> dict[str, Any]:
     }
 
 
-@cache
-def images(directory: Path) -> Digits:
-    """The images, read once in each process."""
-    return load("mnist", directory).standardised()
-
-
-def schedule_of(method: str) -> UpdateSchedule | None:
-    """The schedule of a method in these studies; None is its own default."""
-    if method in OF_THE_PAPER:
-        return UPDATES
-    return PRUNING if method.startswith("gradual") else None
-
-
 def train(case: Case, directory: Path, epochs: int = EPOCHS) -> dict[str, float]:
     """One run: test accuracy in per cent after the last epoch, and what it cost."""
     method, sparsity, seed = case
     digits = images(directory)
     seed_everything(seed, verbose=False)
     pixels = digits.train_images[0].numel()
-    widths = thin_widths("mlp", pixels, sparsity) if method == "small-dense" else (300, 100)
-    module = StepDecay(mlp(pixels, widths), LR, WEIGHT_DECAY)
+    module = StepDecay(mlp(pixels, widths_of(method, sparsity, pixels)), LR, WEIGHT_DECAY)
     flops, start = FLOPsCallback(), time.perf_counter()
     stages: list[list[Callback]] = [[]]
     if "dense" not in method:
@@ -103,35 +101,12 @@ def train(case: Case, directory: Path, epochs: int = EPOCHS) -> dict[str, float]
         stages.append([RigLCallback(method="static", init="nonzero", seed=seed)])
     with quiet():
         for callbacks in stages:
-            trainer = fit(module, digits, [flops, *callbacks], epochs, seed)
+            trainer = new_trainer([flops, *callbacks], epochs)
+            trainer.fit(module, batches(digits, seed))
             module.weight_decay = WEIGHT_DECAY
-        test = Batches(digits.test_images, digits.test_labels, 1000)
-        accuracy = 100 * trainer.test(module, test, verbose=False)[0]["accuracy"]
-    report, samples = flops.report(), epochs * (len(digits.train_labels) // BATCH_SIZE * BATCH_SIZE)
-    dense = 3 * 2 * (pixels * 300 + 300 * 100 + 100 * 10) * samples
-    return {
-        "score": round(accuracy, 2),
-        "active": sum(int(p.count_nonzero()) for p in module.parameters() if p.dim() > 1),
-        "forward_ratio": report.forward_ratio,
-        "train_flops": report.train,
-        "train_ratio": report.train / dense,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-
-
-def fit(module: Classifier, digits: Digits, callbacks: list[Callback], epochs: int, seed: int) -> Trainer:
-    """Train for a number of epochs."""
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, Batches(digits.train_images, digits.train_labels, BATCH_SIZE, seed=seed))
-    return trainer
+        score = accuracy(trainer, module, digits)
+    samples = epochs * len(batches(digits, seed)) * BATCH_SIZE
+    return outcome(score, module, flops, dense_flops(pixels, samples), start)
 
 
 def everything(seeds: int) -> Study:
@@ -148,10 +123,18 @@ def everything(seeds: int) -> Study:
         settings(EPOCHS),
         "Test accuracy in per cent",
         {},
+        look=images,
+        shown=(96, 99),
     )
 
 
-STUDIES = {"all": everything}
+STUDIES: dict[str, tuple[Callable[..., Study], int]] = {  # and how many seeds
+    "all": (everything, 3),
+    "equal-flops": (mnist_studies.equal_flops, 3),
+    "published": (mnist_studies.as_published, 1),
+    "text": (text_study.study, 3),
+    "cifar": (cifar_study.study, 1),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,16 +143,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with mnist.npz or MNIST/raw")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data, see above")
+    parser.add_argument(
+        "--seeds", type=int, help="of each method; by default 3, and 1 of published and cifar"
+    )
+    parser.add_argument("--protocol", choices=cifar_study.PROTOCOLS, help="of cifar; by default short")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     chosen = parser.parse_args(argv)
+    if chosen.protocol and chosen.study != "cifar":
+        parser.error(f"--protocol {chosen.protocol}: only cifar has protocols, not {chosen.study}")
+    build, seeds = STUDIES[chosen.study]
+    protocol = (chosen.protocol,) if chosen.protocol else ()
+    words = [f"python benchmarks/methods.py {chosen.study}", *(f"--protocol {name}" for name in protocol)]
     try:
-        images(chosen.data_dir)  # a wrong folder shows here, not in every worker
-        study = STUDIES[chosen.study](chosen.seeds)
-        command = f"python benchmarks/methods.py {chosen.study} --data-dir DIR"
-        run(study, chosen.data_dir, chosen.output, chosen.workers, command)
+        study = build(chosen.seeds or seeds, *protocol)
+        study.look(chosen.data_dir)
+        run(study, chosen.data_dir, chosen.output, chosen.workers, " ".join([*words, "--data-dir DIR"]))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
 

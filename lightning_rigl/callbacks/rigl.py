@@ -51,7 +51,8 @@ class RigLCallback(Callback):
     Args:
         sparsity: fraction of zeros over the sparse layers, in [0, 1); or regular expression (searched in the
             parameter name, first match wins) -> sparsity of that layer, unmatched layers staying dense.
-        method: who decides what is dropped and grown: rigl, set, static, or a Method.
+        method: who decides what is dropped and grown: rigl, set, static, snfs, gradual, snip and others
+            (docs/choose.md lists them), or a Method.
         distribution: how the connections are shared between layers: erk, er, uniform, smartratio, str, or a
             Distribution.
         schedule: when the topology is updated and how much of it; None is the method's own default. A method
