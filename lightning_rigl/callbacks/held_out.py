@@ -25,11 +25,12 @@ class HeldOut:
     def __init__(self, data: Iterable[Any]) -> None:
         self._data = data
         self._batches: Iterator[Any] | None = None
+        self._next: tuple[int, Any] = -1, None  # for the update after so many: it may be postponed
 
     def start(self, updates: int) -> None:
         """A training begins; a resumed one goes on after the batches of the updates that were done."""
         again = chain.from_iterable(repeat(self._data))
-        self._batches = islice(again, updates, None)
+        self._batches, self._next = islice(again, updates, None), (-1, None)
 
     def keep(self, trainer: Trainer, module: LightningModule, sparsifier: Sparsifier) -> None:
         """Have the next update read the gradient of the next batch, averaged over the processes.
@@ -40,7 +41,9 @@ class HeldOut:
             MisconfigurationException: the module cannot be copied, or its step gives no loss on a copy.
         """
         assert self._batches is not None
-        batch = trainer.strategy.batch_to_device(next(self._batches), module.device)
+        if self._next[0] != sparsifier.updates:
+            self._next = sparsifier.updates, next(self._batches)
+        batch = trainer.strategy.batch_to_device(self._next[1], module.device)
         with isolate_rng(include_cuda=module.device.type == "cuda"), torch.enable_grad():
             twin = copied(trainer, module, "growth_data needs a copy of the module, which has none")
             failed = "growth_data needs the loss of a training_step, which a copy does not give"
@@ -51,4 +54,4 @@ class HeldOut:
             layer.kept = None if grad is None else sharding.mean(grad)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_batches": None}  # iterators stay here
+        return {**vars(self), "_batches": None, "_next": (-1, None)}  # iterators stay here

@@ -30,6 +30,7 @@ from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.methods.base import Method
 from lightning_rigl.model import initial_masks
+from lightning_rigl.model.grown import refuse_growth
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology.distributions import Distribution
@@ -115,6 +116,7 @@ class RigLCallback(Callback):
             "rescale": rescale,
         }
         initial_masks.check(sparsity, self.settings["distribution"], init)
+        refuse_growth(self.settings["method"], Growth() if growth is None else growth)
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
             raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
         if growth_data is not None and self.settings["method"].gradient != "at_updates":
@@ -232,14 +234,23 @@ class RigLCallback(Callback):
         first_look(trainer, pl_module, batch, batch_idx, self._active())
         self._active().before_forward(trainer.global_step)
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In manual optimization mask the gradients now, or keep them: the user may clip before the step."""
-        self._empty_step.backward = True
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """In manual optimization the gradients of several passes may add up."""
         if not pl_module.automatic_optimization:
-            sparsifier = self._active()
+            for optimizer in trainer.optimizers:
+                self._active().restore_gradients(optimizer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In manual optimization mask the gradients now, and keep them: the user may clip before the step.
+
+        What a latent method trains has all gradients, and is clipped as the user does it.
+        """
+        self._empty_step.backward = True
+        sparsifier = self._active()
+        if not pl_module.automatic_optimization and not sparsifier.method.latent:
             time = self._clock.time(trainer)
             for optimizer in trainer.optimizers:
-                if not sparsifier.reads_gradient(optimizer, self._clock.step(trainer, optimizer), time):
+                if not sparsifier.sees_gradient(optimizer, self._clock.step(trainer, optimizer), time):
                     sparsifier.mask_gradients(optimizer)
                 elif getattr(trainer.precision_plugin, "scaler", None) is None:  # else they are scaled now
                     sparsifier.keep_gradients(optimizer)

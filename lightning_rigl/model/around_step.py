@@ -36,7 +36,7 @@ class AroundStep:
         self._method, self.seed, self._update, self._count = method, seed, update, count
         self._after: Callable[[], None] | None = None  # what follows the optimizer's step
         self._hook: Any = None  # that calls it
-        self._disturbed: dict[SparseLayer, tuple[Tensor, Tensor]] = {}  # the weight at rest, and its factors
+        self._disturbed: dict[SparseLayer, tuple[Tensor, Any]] = {}  # the weight at rest, and a hook
 
     @staticmethod
     def needed(method: Method, schedule: UpdateSchedule | None) -> bool:
@@ -90,18 +90,21 @@ class AroundStep:
 
     @torch.no_grad()
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
-        """Multiply the weights by the method's factors, for the forward pass of a training step."""
+        """Multiply weights and gradients by the method's factors, for the passes of a training step."""
         for layer in layers if self._method.has("disturb") and not self._disturbed else ():
             seen = layer.connections(self.seed, step, with_gradient=False)
             factors = self._method.disturb(seen).to(layer.parameter.dtype)
-            self._disturbed[layer] = layer.parameter.detach().clone(), factors
+            hook = None
+            if layer.parameter.requires_grad:
+                hook = layer.parameter.register_hook(factors.mul)  # type: ignore[no-untyped-call]
+            self._disturbed[layer] = layer.parameter.detach().clone(), hook
             layer.parameter.mul_(factors)
 
     @torch.no_grad()
     def rest(self, own: Sequence[SparseLayer] | None = None) -> None:
-        """Put the weights back; of those that are about to be trained, the gradients get the factors too."""
+        """Put the weights back."""
         for layer in list(self._disturbed) if own is None else [x for x in own if x in self._disturbed]:
-            weight, factors = self._disturbed.pop(layer)
+            weight, hook = self._disturbed.pop(layer)
             layer.parameter.copy_(weight)
-            if own is not None and layer.parameter.grad is not None:
-                layer.parameter.grad.mul_(factors)
+            if hook is not None:
+                hook.remove()

@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rigl.methods.base import Connections
+from lightning_rigl.methods.base import Connections, Method
 from lightning_rigl.model import optimizer_state
 from lightning_rigl.model.sparse_layer import SparseLayer
 from lightning_rigl.topology.growth import Growth
 
 INITIAL = "initial"  # the place of the initial values among the notes
 AVERAGES = ("momentum_buffer", "exp_avg")  # moving averages of gradients, by torch's names
+
+
+def refuse_growth(method: Method, growth: Growth) -> None:
+    """Raise ValueError for new connections that are to begin by a gradient that the method never reads."""
+    if growth.reads_gradient and method.gradient == "never":
+        raise ValueError(
+            f"growth={growth} reads the dense gradient, which {type(method).__name__} never does: take "
+            "values 'zeros', 'initial', 'normal' or 'uniform' with momentum=0, or a method that reads it"
+        )
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,13 @@ class SparseLayer:
         grad = self.parameter.grad
         self.kept = None if grad is None else grad.detach().clone()
 
+    def restore_gradient(self) -> None:
+        """Give back what was masked of a gradient that was kept, unless the gradient has changed since."""
+        if self.kept is not None and (grad := self.parameter.grad) is not None:
+            own, kept = sharding.local(grad), sharding.local(self.kept)
+            if torch.equal(own, kept.masked_fill(self.inactive(), 0)):
+                own.copy_(kept)
+
     def has_strays(self) -> bool:
         """Whether an inactive weight that this process holds is not zero; reads back from the device."""
         nonzero = sharding.local(self.parameter.detach()) != 0

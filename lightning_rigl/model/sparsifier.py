@@ -23,7 +23,7 @@ from lightning_rigl.model import (
     sparse_init,
 )
 from lightning_rigl.model.around_step import AroundStep
-from lightning_rigl.model.grown import INITIAL, grown
+from lightning_rigl.model.grown import INITIAL, grown, refuse_growth
 from lightning_rigl.model.new_masks import new_masks
 from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers, last_update
 from lightning_rigl.topology.distributions import Distribution
@@ -97,6 +97,7 @@ class Sparsifier:
         self.model = model
         self.method = Method.of(method)
         self.growth = Growth() if growth is None else growth
+        refuse_growth(self.method, self.growth)
         self.pattern = Pattern.of(pattern)
         self.identity = mask_files.identity(
             sparsity, self.method, distribution, self.pattern, include, exclude
@@ -218,10 +219,6 @@ class Sparsifier:
         sees = self.method.has("observe") or self.method.latent
         return sees or self.is_due(optimizer, step, clock)
 
-    def reads_gradient(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
-        """Whether `before_step` would read the gradients of inactive connections."""
-        return self.method.gradient == "every_step" or self.is_due(optimizer, step, clock)
-
     def _due(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> bool:
         if self.timetable is None and self.schedule is not None:
             raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
@@ -285,9 +282,15 @@ class Sparsifier:
             layer.mask_gradient()
 
     def keep_gradients(self, optimizer: Optimizer) -> None:
-        """Keep what an update reads, before the gradients are clipped, until the next `before_step`."""
+        """Keep what the method sees, until the next `before_step`, and mask what may be clipped before."""
         for layer in self.layers.of(optimizer):
             layer.keep_gradient()
+            layer.mask_gradient()
+
+    def restore_gradients(self, optimizer: Optimizer) -> None:
+        """Unmask the gradients that were kept, if another backward pass adds to them."""
+        for layer in self.layers.of(optimizer):
+            layer.restore_gradient()
 
     def before_forward(self, step: int) -> None:
         """Disturb the weights for a training step, if the method does; step: optimizer steps done."""

@@ -97,3 +97,20 @@ def test_a_loader_is_such_data():
     rigl = sparse(data())
     fit(rigl, sizes=[8] * 5)
     assert rigl.sparsifier.updates == 2
+
+
+def test_a_postponed_update_keeps_its_batch(monkeypatch):
+    known, taken = held_out(), []
+    rigl = sparse(known)
+    original = type(rigl._held_out).keep
+
+    def keep(self, trainer, module, sparsifier):
+        original(self, trainer, module, sparsifier)
+        taken.append(next(i for i, batch in enumerate(known) if batch is self._next[1]))
+        if trainer.global_step == 2:
+            for layer in sparsifier.layers.values():
+                layer.kept.fill_(float("nan"))
+
+    monkeypatch.setattr(type(rigl._held_out), "keep", keep)
+    fit(rigl, sizes=[8] * 6)
+    assert taken == [0, 0, 1]
