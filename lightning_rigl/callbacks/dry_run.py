@@ -7,13 +7,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_rigl.callbacks.twins import left_out, silenced, told_the_time
 from lightning_rigl.flops.costs import CostTable
 from lightning_rigl.flops.meta import meta_copy, to_meta
 from lightning_rigl.flops.tracer import Tracer
@@ -49,7 +49,8 @@ def measure_copy(
         return None
     with isolate_rng(include_cuda=module.device.type == "cuda"):
         try:
-            twin = _twin(trainer, module)
+            twin = silenced(meta_copy(module, left_out(trainer, module)))
+            twin = told_the_time(twin, trainer).to("meta")
             args = [tree_map(_to_meta, batch)]
             for name, value, place in (("batch_idx", batch_idx, 2), ("dataloader_idx", 0, 3)):
                 if is_param_in_hook_signature(step, name, min_args=place):
@@ -80,21 +81,6 @@ def _backward(outputs: Any) -> None:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if isinstance(loss, Tensor) and loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
-    """A copy that has no values, no trainer and no voice."""
-    data = (v for v in vars(module).values() if isinstance(v, (Dataset, DataLoader, LightningDataModule)))
-    twin = meta_copy(module, {id(trainer): None, **{id(value): value for value in data}})
-    for name in ("log", "log_dict", "print"):
-        setattr(twin, name, _silent)
-    known = {"current_epoch": trainer.current_epoch, "global_step": trainer.global_step}
-    twin.__class__ = type(type(module).__name__, (type(module),), known)  # without a trainer both would be 0
-    return twin.to("meta")
-
-
-def _silent(*args: Any, **kwargs: Any) -> None:
-    """Stands in for the logging methods of the copy."""
 
 
 def _to_meta(leaf: Any) -> Any:

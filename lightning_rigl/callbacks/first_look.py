@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_rigl.callbacks.twins import left_out, silenced
 from lightning_rigl.model.sparsifier import Sparsifier
 
 
@@ -73,26 +73,19 @@ def _told(attempt: Callable[[], Any], failed: str) -> Any:
         return attempt()
     except Exception as error:
         raise MisconfigurationException(
-            f"{failed}: {error}; let the step do without self.trainer and optimize automatically, or take a "
-            "method that needs no first look, such as snip"
+            f"{failed}: {error}; let the step do without self.trainer and optimize automatically, or leave "
+            "out what asks for a copy: a method such as snip needs none"
         ) from error
 
 
 def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
     """A copy with values that has no trainer, no voice and nothing compiled."""
-    data = (v for v in vars(module).values() if isinstance(v, (Dataset, DataLoader, LightningDataModule)))
     compiled = getattr(module, "_compiler_ctx", None)
-    memo = {id(trainer): None, **{id(value): value for value in data}}
+    memo = left_out(trainer, module)
     twin = copy.deepcopy(module, memo if compiled is None else {**memo, id(compiled): None})
     for name in ("forward", "training_step", "validation_step") if compiled else ():
         vars(twin).pop(name, None)  # compiled, and bound to the module itself
-    for name in ("log", "log_dict", "print"):
-        setattr(twin, name, _silent)
-    return twin
-
-
-def _silent(*args: Any, **kwargs: Any) -> None:
-    """Stands in for the logging methods of the copy."""
+    return silenced(twin)
 
 
 def _loss(trainer: Trainer, twin: Any, batch: Any, batch_idx: int) -> Tensor:

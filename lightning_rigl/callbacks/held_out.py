@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_rigl.callbacks.first_look import copied, loss_of
+from lightning_rigl.callbacks.twins import told_the_time
 from lightning_rigl.model import layers, sharding
 from lightning_rigl.model.sparsifier import Sparsifier
 
@@ -46,6 +47,7 @@ class HeldOut:
         batch = trainer.strategy.batch_to_device(self._next[1], module.device)
         with isolate_rng(include_cuda=module.device.type == "cuda"), torch.enable_grad():
             twin = copied(trainer, module, "growth_data needs a copy of the module, which has none")
+            twin = told_the_time(twin, trainer)
             failed = "growth_data needs the loss of a training_step, which a copy does not give"
             loss_of(trainer, twin, batch, 0, failed).backward()  # type: ignore[no-untyped-call]
         weights = layers.named_parameters(twin)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rigl.callbacks.batch_form import signature
 from lightning_rigl.callbacks.dry_run import measure_copy
 from lightning_rigl.flops.costs import Convention, CostTable
 from lightning_rigl.flops.formulas import SampleCost, sample_cost, sample_cost_of
@@ -40,6 +41,7 @@ class Meter:
         self.inference: CostTable | None = None
         self._known: dict[str, CostTable] = {}  # by what a batch looks like
         self._kind = ""  # of the last training batch
+        self._form = ""  # of the present one
         self._parameters: list[Tensor] = []
         self._trained: tuple[bool, ...] = ()  # which of them are
         self._stepped: list[int] = []  # the optimizers that made a step in this batch, by their index
@@ -101,9 +103,10 @@ class Meter:
             self._parameters = list(module.parameters())
         self._look()
         self._stepped = []
-        if batch is None and self.table:
-            return  # the step draws its own batch
         form = self._form_of(batch)
+        self._form = form if batch is not None else ""  # the step draws its own batch
+        if batch is None and self.table:
+            return
         if not module.automatic_optimization:
             self._attach(trainer)
             if self._watched.get(form, 0) < WATCHED:
@@ -147,7 +150,7 @@ class Meter:
         if self._look() and tracer is None and module.automatic_optimization:  # the module froze a parameter
             self.open(trainer, module, batch, batch_idx)
             self.stop()  # where it takes a real step to see, the next one is watched
-        form = self._form_of(batch)
+        form = self._form or self._form_of(batch)
         kind = f"{form} {self._stepped}" if self._stepped else form
         if tracer is not None and samples:
             if tracer.varies and module.automatic_optimization:
@@ -256,18 +259,6 @@ class Meter:
                 f"{MANY} kinds of batches so far, each was measured; padding to fewer sizes spares that"
             )
         return True
-
-
-def signature(batch: Any) -> str:
-    """Form, shapes, types and flags of a batch: batches that share them cost the same."""
-    if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)} {batch.dtype}"
-    if isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
-        parts = batch.items() if isinstance(batch, Mapping) else ((None, value) for value in batch)
-    else:
-        parts = getattr(batch, "__dict__", {}).items()  # of a dataclass, or of a user's own
-    inside = ", ".join(f"{key}: {signature(value)}" for key, value in parts)
-    return str(batch) if isinstance(batch, bool) else f"{type(batch).__name__}({inside})"
 
 
 def _few(names: Sequence[str]) -> str:

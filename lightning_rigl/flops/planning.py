@@ -11,8 +11,9 @@ from typing import Any, Literal
 from lightning_rigl.flops.costs import Convention, check_convention
 from lightning_rigl.flops.formulas import SampleCost, sample_cost
 from lightning_rigl.flops.measure import Measurement, Source, measurement
-from lightning_rigl.flops.plan import FLOPsPlan, layer_rows, model_bytes
+from lightning_rigl.flops.plan import FLOPsPlan, layer_rows
 from lightning_rigl.flops.runs import Stage
+from lightning_rigl.flops.size import model_bytes
 from lightning_rigl.methods.base import Method
 from lightning_rigl.topology.distributions import Distribution
 from lightning_rigl.topology.schedules import UpdateSchedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -13,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl.flops.costs import CostTable, LayerCost
+from lightning_rigl.flops.custom_functions import is_trained_inside
 from lightning_rigl.flops.doubts import Doubts
 from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
 from lightning_rigl.flops.products import PRODUCTS, Args, Product
-
-_FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]  # frames of custom functions
-_BACKWARD = BackwardCFunction.apply.__code__
 
 
 @dataclass
@@ -178,7 +173,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
                 return out
         out = func(*args, **kwargs)
         backward = torch._C._current_autograd_node() is not None  # None outside of a backward pass
-        if not backward or torch.is_grad_enabled() or _is_trained_inside():  # inside: what is repeated
+        if not backward or torch.is_grad_enabled() or is_trained_inside():  # inside: what is repeated
             try:
                 self._book(name, func, [*args, *kwargs.values()], out, backward)
             except Exception as error:  # a tensor of an exotic kind must not break the step that is measured
@@ -197,7 +192,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         if isinstance(func, HigherOrderOperator):
             self._doubts.add(name)  # what it does inside stays hidden
             return
-        trains = torch.is_grad_enabled() or bool(_is_trained_inside())
+        trains = torch.is_grad_enabled() or bool(is_trained_inside())
         if trains and not torch.is_grad_enabled() and any(self._is_live(t) for t in inputs):
             self._live |= {key for o in outputs for key in storage_of(o)}
         self.varies = self.varies or name == "aten._pack_padded_sequence"
@@ -244,21 +239,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
         if tensor.requires_grad or torch.is_grad_enabled():
             return tensor.requires_grad
         return not self._live.isdisjoint(storage_of(tensor))
-
-
-def _is_trained_inside() -> bool | None:
-    """Whether the custom autograd function that is running has gradients; None if there is none.
-
-    With gradients disabled around it, a function knows of inputs that need one and of no node to hand it to.
-    """
-    found: bool | None = None
-    frame, inner = inspect.currentframe(), None
-    while frame is not None and frame.f_code is not _BACKWARD:
-        if frame.f_code is _FORWARD and inner is not None:
-            first = inner.f_code.co_varnames[:1]
-            ctx = inner.f_locals.get(first[0]) if first else None
-            node: Any = ctx if isinstance(ctx, FunctionCtx) else None
-            disabled = node is not None and any(node.needs_input_grad) and not node.next_functions
-            found = bool(found) or not disabled
-        frame, inner = frame.f_back, frame
-    return found

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rigl.topology.overall import drops
 from lightning_rigl.topology.parts import Part
 from lightning_rigl.topology.schedules import UpdateSchedule
 
@@ -177,3 +178,35 @@ class Method(Part):
     def has(self, question: str) -> bool:
         """Whether the method answers one of the questions above that most methods leave alone."""
         return getattr(type(self), question) is not getattr(Method, question)
+
+
+class ScoredOnce(Method):
+    """A method that looks once, and keeps the highest scores of all layers together in place of step 0."""
+
+    starts_dense = True
+    scope = "model"
+    # Once, at the first of ten steps whose gradients are finite: a loss scaler may need some to settle.
+    schedule = UpdateSchedule(every=10, drop_fraction=0.0, begin=0, end=10)
+
+    @abstractmethod
+    def look(self, probe: Probe) -> dict[str, Tensor]:
+        """Scores of all connections before the first step, by name."""
+
+    def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
+        """Drop down to the count of all layers together; grow nothing."""
+        target = sum(layer.target for layer in layers)
+        if sum(layer.active for layer in layers) <= target:
+            return [(0, 0)] * len(layers)
+        lost = drops([self.drop_score(x) for x in layers], [x.mask for x in layers], target)
+        return [(each, 0) for each in lost]
+
+    def drop_score(self, layer: Connections) -> Tensor:
+        """What the first look has found."""
+        if "score" not in layer.notes:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} scores the connections first: call sparsifier.look() before any step")
+        return layer.notes["score"]
+
+    def grow_score(self, layer: Connections) -> Tensor:
+        """The mask itself; nothing grows."""
+        return layer.mask.float()

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_rigl.methods.base import Connections, Method, Moment, Probe
-from lightning_rigl.topology.overall import drops
-from lightning_rigl.topology.schedules import UpdateSchedule
+from lightning_rigl.methods.base import Probe, ScoredOnce
 
 
 @dataclass(frozen=True)
-class GraSP(Method):
+class GraSP(ScoredOnce):
     """Gradient signal preservation.
 
     Before the first step all connections are scored by w (H g), with the gradient g of the first batch's loss
@@ -42,10 +40,6 @@ class GraSP(Method):
         {'a': tensor([12.]), 'b': tensor([4.])}
     """
 
-    starts_dense = True
-    scope = "model"
-    schedule = UpdateSchedule(every=10, drop_fraction=0.0, begin=0, end=10)  # once: see snip.py
-
     def look(self, probe: Probe) -> dict[str, Tensor]:
         """W (H g), by a product of the Hessian and a vector."""
         weights, cudnn = list(probe.parameters.values()), torch.backends.cudnn
@@ -58,24 +52,6 @@ class GraSP(Method):
             cudnn.enabled = enabled
         pairs = zip(probe.parameters.items(), products, strict=True)
         return {name: weight.detach() * product for (name, weight), product in pairs}
-
-    def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
-        """Drop down to the count of all layers together; grow nothing."""
-        target = sum(layer.target for layer in layers)
-        if sum(layer.active for layer in layers) <= target:
-            return [(0, 0)] * len(layers)
-        lost = drops([self.drop_score(x) for x in layers], [x.mask for x in layers], target)
-        return [(each, 0) for each in lost]
-
-    def drop_score(self, layer: Connections) -> Tensor:
-        """What the first look has found."""
-        if "score" not in layer.notes:
-            raise RuntimeError("GraSP scores the connections first: call sparsifier.look() before any step")
-        return layer.notes["score"]
-
-    def grow_score(self, layer: Connections) -> Tensor:
-        """The mask itself; nothing grows."""
-        return layer.mask.float()
 
 
 def _hessian_times_gradient(loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

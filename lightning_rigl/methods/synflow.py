@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_rigl.methods.base import Connections, Method, Moment, Probe
+from lightning_rigl.methods.base import Probe, ScoredOnce
 from lightning_rigl.topology import selection
-from lightning_rigl.topology.overall import drops
-from lightning_rigl.topology.schedules import UpdateSchedule
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
-class SynFlow(Method):
+class SynFlow(ScoredOnce):
     """Iterative synaptic flow pruning.
 
     Before the first step, and without data: with the absolute values of all parameters, biases of zero, norm
@@ -53,10 +51,6 @@ class SynFlow(Method):
 
     rounds: int = 100
 
-    starts_dense = True
-    scope = "model"
-    schedule = UpdateSchedule(every=10, drop_fraction=0.0, begin=0, end=10)  # once: see snip.py
-
     def __post_init__(self) -> None:
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds: a whole number of at least 1, got {self.rounds!r}")
@@ -82,24 +76,6 @@ class SynFlow(Method):
             _mask(weights, active)
         parts = torch.split(lasted, [w.numel() for w in weights])
         return {n: part.view(w.shape) for (n, w), part in zip(probe.parameters.items(), parts, strict=True)}
-
-    def turnover(self, layers: Sequence[Connections], moment: Moment) -> list[tuple[int, int]]:
-        """Drop down to the count of all layers together; grow nothing."""
-        target = sum(layer.target for layer in layers)
-        if sum(layer.active for layer in layers) <= target:
-            return [(0, 0)] * len(layers)
-        lost = drops([self.drop_score(x) for x in layers], [x.mask for x in layers], target)
-        return [(each, 0) for each in lost]
-
-    def drop_score(self, layer: Connections) -> Tensor:
-        """What the first look has found."""
-        if "score" not in layer.notes:
-            raise RuntimeError("SynFlow scores the connections first: call sparsifier.look() before any step")
-        return layer.notes["score"]
-
-    def grow_score(self, layer: Connections) -> Tensor:
-        """The mask itself; nothing grows."""
-        return layer.mask.float()
 
 
 def _make_linear(model: nn.Module) -> None:

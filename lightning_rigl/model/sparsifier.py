@@ -168,8 +168,9 @@ class Sparsifier:
     @property
     def needs_look(self) -> bool:
         """Whether the method is to score the connections, by `look`, before the next step."""
-        known = self.updates or any(looking.SCORE in layer.notes for layer in self.layers.values())
-        return self.method.has("look") and not known
+        if self.updates or not self.method.has("look"):
+            return False
+        return not any(looking.SCORE in layer.notes for layer in self.layers.values())
 
     def look(
         self,

@@ -114,3 +114,16 @@ def test_a_postponed_update_keeps_its_batch(monkeypatch):
     monkeypatch.setattr(type(rigl._held_out), "keep", keep)
     fit(rigl, sizes=[8] * 6)
     assert taken == [0, 0, 1]
+
+
+def test_the_copy_knows_the_time_of_the_update():
+    seen = []
+
+    class Watch(Small):
+        def training_step(self, batch, batch_idx):
+            if self._trainer is None:
+                seen.append((self.current_epoch, self.global_step))
+            return super().training_step(batch, batch_idx)
+
+    fit(sparse(held_out(), every=3), module=Watch(), sizes=[8] * 4, max_epochs=2)
+    assert seen == [(0, 3), (1, 6)]

@@ -15,8 +15,8 @@ from examples.paper_networks import ResNet50
 from lightning_rigl import ER, ERK, PerLayer, Uniform, UpdateSchedule
 from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.measure import cost_table, measure, measurement
-from lightning_rigl.flops.plan import model_bytes
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
+from lightning_rigl.flops.size import model_bytes
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flops_golden.json").read_text())
 NETS = [name for name, net in GOLDEN.items() if isinstance(net, dict) and "cases" in net]

@@ -178,9 +178,6 @@ def test_a_drop_fraction_that_follows_the_learning_rate():
     rigl = RigLCallback(0.8, schedule=schedule, seed=1)
     seen = []
 
-    class Watch(RigLCallback):
-        pass
-
     module = Decays()
     module.on_train_batch_end = lambda *args: seen.append(rigl.sparsifier.drop_fraction)
     with pytest.warns(UserWarning, match="training has"):
