@@ -44,7 +44,7 @@ from mnist_studies import (
     widths_of,
 )
 from networks import Classifier, mlp
-from studies import Case, Study, new_trainer, outcome, run
+from studies import DENSE, Case, Study, new_trainer, outcome, run
 
 EPOCHS = 20
 OF_THEIR_OWN = ("static", "dsr", "deepr", "dnw", "snip", "snipglobal", "grasp", "synflow", "edgepopup")
@@ -111,7 +111,7 @@ def train(case: Case, directory: Path, epochs: int = EPOCHS) -> dict[str, float]
 
 def everything(seeds: int) -> Study:
     """Every method at 90 and 98 %, 20 epochs."""
-    cases = [("dense", s, seed) for s in (0.9, 0.98) for seed in range(seeds)]
+    cases: list[Case] = [("dense", DENSE, seed) for seed in range(seeds)]
     cases += [
         (method, s, seed) for seed in range(seeds) for method in ("small-dense", *SPARSE) for s in (0.9, 0.98)
     ]

@@ -69,17 +69,20 @@ def run(study: Study, data_dir: Path, output: Path, workers: int, command: str) 
     """Train what is not stored yet; each run is a process with one thread. Where all is, only show it.
 
     Raises:
-        ValueError: the stored runs were made with other settings or on another machine.
+        ValueError: the stored runs were made with other settings.
     """
-    path = output / f"{study.name}.json"
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     machine = {**describe(), "threads": 1, **gpu}
     content: dict[str, Any] = {
         "command": command,
-        "machine": machine,
+        "machines": [],
         "settings": dict(study.settings),
-        "runs": _earlier(path, machine, study.settings),
+        "runs": [],
+        **_earlier(output / f"{study.name}.json", study.settings),
     }
+    if machine not in content["machines"]:
+        content["machines"].append(machine)
+    place = content["machines"].index(machine)
     done = {(r["method"], r["sparsity"], r["seed"]) for r in content["runs"]}
     left = [case for case in study.cases if case not in done]
     output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,8 @@ def run(study: Study, data_dir: Path, output: Path, workers: int, command: str) 
         futures = {pool.submit(study.train, case, data_dir): case for case in left}
         for future in as_completed(futures):
             method, sparsity, seed = futures[future]
-            content["runs"].append({"method": method, "sparsity": sparsity, "seed": seed, **future.result()})
+            case = {"method": method, "sparsity": sparsity, "seed": seed}
+            content["runs"].append({**case, "machine": place, **future.result()})
             _write(output, study, content)
             latest = content["runs"][-1]
             print(
@@ -148,13 +152,11 @@ def markdown(study: Study, content: Mapping[str, Any]) -> str:
         cells = [_cell(study, method, s, mine[s]) for s in sparsities]
         cells += [_mean(mine[s], column) for column in study.columns for s in sparsities]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    machine = content["machine"]
+    machines = [_words(m) for i, m in enumerate(content["machines"]) if _ran_on(content, i)]
     lines += [
         "",
         *([f"In brackets: {study.source}", ""] if study.source else []),
-        f"Command: `{content['command']}`. Machine: {machine['cpu']}, {machine['cores']} cores, "
-        + (f"{machine['gpu']}, " if "gpu" in machine else "")
-        + f"torch {machine['torch']}, lightning {machine['lightning']}. FLOPs: share of dense training.",
+        f"Command: `{content['command']}`. Machine: {'; '.join(machines)}. FLOPs: share of dense training.",
         "",
         *(f"- {name}: {value}" for name, value in content["settings"].items()),
     ]
@@ -187,6 +189,16 @@ def picture(study: Study, content: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _ran_on(content: Mapping[str, Any], place: int) -> int:
+    return sum(run["machine"] == place for run in content["runs"])
+
+
+def _words(machine: Mapping[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+    versions = f"torch {machine['torch']}, lightning {machine['lightning']}"
+    return f"{machine['cpu']}, {machine['cores']} cores, {gpu}{versions}"
+
+
 def _sparsities(study: Study) -> list[float]:
     return sorted({case[1] for case in study.cases} - {DENSE})
 
@@ -212,17 +224,17 @@ def _cell(study: Study, method: str, sparsity: float, runs: Sequence[Mapping[str
     return f"{cell} [{published:g}]" if cell and published else cell
 
 
-def _earlier(path: Path, machine: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Machines and runs that are stored; scores of other machines differ by rounding only, settings may not."""
     if not path.is_file():
-        return []
+        return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    for part, own in (("settings", dict(settings)), ("machine", dict(machine))):
-        if earlier[part] != own:
-            raise ValueError(
-                f"{path} holds runs with other {part}, {earlier[part]}, now {own}; move it away, or write "
-                "elsewhere with --output"
-            )
-    return list(earlier["runs"])
+    if earlier["settings"] != dict(settings):
+        raise ValueError(
+            f"{path} holds runs with other settings, {earlier['settings']}, now {dict(settings)}; move it away, "
+            "or write elsewhere with --output"
+        )
+    return {"machines": earlier["machines"], "runs": earlier["runs"]}
 
 
 def _write(folder: Path, study: Study, content: dict[str, Any]) -> None:

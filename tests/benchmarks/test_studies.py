@@ -50,9 +50,10 @@ MACHINE = {"cpu": "abacus", "cores": 2, "torch": "2", "lightning": "3"}
 
 def content(cases=STUDY.cases[:4]):
     runs = [
-        {"method": m, "sparsity": s, "seed": seed, **pretend((m, s, seed), Path())} for m, s, seed in cases
+        {"method": m, "sparsity": s, "seed": seed, "machine": 0, **pretend((m, s, seed), Path())}
+        for m, s, seed in cases
     ]
-    return {"command": "make it", "machine": MACHINE, "settings": STUDY.settings, "runs": runs}
+    return {"command": "make it", "machines": [MACHINE], "settings": STUDY.settings, "runs": runs}
 
 
 GOLDEN = """\
@@ -79,7 +80,7 @@ def test_the_page_has_a_row_for_each_method_and_a_column_for_each_sparsity():
 
 
 def test_a_gpu_is_named_on_the_page():
-    on_a_gpu = content() | {"machine": MACHINE | {"gpu": "X1"}}
+    on_a_gpu = content() | {"machines": [MACHINE | {"gpu": "X1"}]}
     assert "2 cores, X1, torch 2" in studies.markdown(STUDY, on_a_gpu)
 
 
