@@ -93,13 +93,11 @@ def run(study: Study, data_dir: Path, output: Path, workers: int, command: str) 
         for future in as_completed(futures):
             method, sparsity, seed = futures[future]
             case = {"method": method, "sparsity": sparsity, "seed": seed}
-            content["runs"].append({**case, "machine": place, **future.result()})
+            run = {**case, "machine": place, **future.result()}
+            content["runs"].append(run)
             _write(output, study, content)
-            latest = content["runs"][-1]
-            print(
-                f"{method} {sparsity:g} seed {seed}: {latest['score']:.4g}, {len(content['runs'])} runs",
-                flush=True,
-            )
+            score, number = run["score"], len(content["runs"])
+            print(f"{method} {sparsity:g} seed {seed}: {score:.4g}, {number} runs", flush=True)
 
 
 def new_trainer(
@@ -225,14 +223,14 @@ def _cell(study: Study, method: str, sparsity: float, runs: Sequence[Mapping[str
 
 
 def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Machines and runs that are stored; scores of other machines differ by rounding only, settings may not."""
+    """Machines and runs that are stored; scores differ by rounding between machines, settings may not."""
     if not path.is_file():
         return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["settings"] != dict(settings):
         raise ValueError(
-            f"{path} holds runs with other settings, {earlier['settings']}, now {dict(settings)}; move it away, "
-            "or write elsewhere with --output"
+            f"{path} holds runs with other settings, {earlier['settings']}, now {dict(settings)}; move it "
+            "away, or write elsewhere with --output"
         )
     return {"machines": earlier["machines"], "runs": earlier["runs"]}
 

@@ -120,6 +120,19 @@ def test_what_is_stored_is_not_trained_again(tmp_path, one_thread):
     assert [(r["method"], r["sparsity"], r["seed"]) for r in stored] == list(STUDY.cases)
 
 
+def test_runs_of_another_machine_are_continued_and_each_says_where_it_was_made(tmp_path, one_thread, capsys):
+    studies.run(replace(STUDY, cases=STUDY.cases[3:4]), tmp_path, tmp_path, 1, "make it")
+    stored = json.loads((tmp_path / "small.json").read_text())
+    stored["machines"] = [MACHINE]
+    (tmp_path / "small.json").write_text(json.dumps(stored))
+    capsys.readouterr()
+    studies.run(replace(STUDY, cases=STUDY.cases[2:4]), tmp_path, tmp_path, 1, "make it")
+    assert capsys.readouterr().out == "set 0.5 seed 1: 86, 2 runs\n"
+    stored = json.loads((tmp_path / "small.json").read_text())
+    assert [(run["seed"], run["machine"]) for run in stored["runs"]] == [(1, 1), (0, 0)]
+    assert "Machine: abacus, 2 cores, torch 2, lightning 3; " in (tmp_path / "small.md").read_text()
+
+
 def test_a_finished_study_is_shown_anew(tmp_path, one_thread):
     studies.run(STUDY, tmp_path, tmp_path, 1, "make it")
     (tmp_path / "small.png").unlink()
