@@ -1,6 +1,7 @@
 """A file may import from its own floor and from floors below; the imports form no circle."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_rigl"
 FLOORS = {
     **dict.fromkeys(
-        ("topology", "methods", "flops/costs", "flops/formulas", "flops/closed_forms", "flops/runs"), 0
+        ("kernels", "topology", "methods", "flops/costs", "flops/formulas", "flops/closed_forms", "flops/runs"), 0
     ),
     **dict.fromkeys(("flops", "model", "export", "compute"), 1),
 }
@@ -63,7 +64,10 @@ def test_imports_point_down(name):
     floor, imports = floor_of(name), MODULES[name]
     assert not {i for i in own(imports) if floor_of(i) > floor}, "an arrow points up"
     outside = {i.split(".")[0] for i in imports} - {"lightning_rigl"}
-    if floor == 0:
+    if name.startswith("kernels/"):
+        assert outside <= sys.stdlib_module_names | {"torch"}
+        assert not [other for other in own(imports) if not other.startswith("kernels/")]
+    elif floor == 0:
         assert outside <= ALLOWED_THIRD_PARTY[0], "floor 0 imports math and torch only"
     if floor <= 1:
         assert not outside & ALLOWED_THIRD_PARTY[1], "only the callbacks import lightning"

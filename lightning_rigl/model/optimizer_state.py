@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.compute.optimizers import ActiveStep
 from lightning_rigl.model import sharding
 
 
@@ -39,6 +40,8 @@ def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
         changed: parameter -> bool tensor of its shape (of what this process holds), True where it is reset.
     """
     optimizer = _innermost(optimizer)
+    if isinstance(optimizer, ActiveStep):
+        optimizer.renew(changed)
     for group in optimizer.param_groups:
         members = {p: elementwise(optimizer, p) for p in group["params"] if p in changed}
         fresh = _fresh(optimizer, group, next(iter(members))) if any(members.values()) else {}

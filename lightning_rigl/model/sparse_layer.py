@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.compute.linear import SparseProduct
 from lightning_rigl.methods.base import Connections
 from lightning_rigl.model import sharding
 from lightning_rigl.topology import bits
@@ -32,7 +33,8 @@ class SparseLayer:
         self.kept: Tensor | None = None  # a gradient that may be clipped before the update
         self.target = 0  # active connections that the distribution gives it
         self.notes: dict[str, Tensor] = {}  # what the method keeps of it
-        self._integers: Tensor | None = None
+        self.product: SparseProduct | None = None  # computes with the weight, while that is sparse
+        self._applied: bits.AppliedMask | None = None
         self.replace(sharding.full(self.mask))
 
     def replace(self, mask: Tensor) -> Tensor:
@@ -45,13 +47,15 @@ class SparseLayer:
         own.copy_(new)
         self.count = int(mask.count_nonzero())
         if self.count == mask.numel():
-            self._integers = None  # a full layer needs none
-        elif self._integers is None:
-            self._integers = bits.integer_mask(own, sharding.local(self.parameter.detach()))
+            self._applied = None  # a full layer needs none
+        elif self._applied is None:
+            self._applied = bits.AppliedMask(own, sharding.local(self.parameter.detach()))
         else:
-            self._integers.copy_(new).neg_()
+            self._applied.renew(own)
         self._digest = bits.digest(mask) if sharding.together() else None
         self.mask_weight()
+        if self.product is not None:
+            self.product.renew(self.mask)
         return changed
 
     def saved_notes(self) -> dict[str, Tensor]:
@@ -83,14 +87,15 @@ class SparseLayer:
 
     def mask_weight(self) -> None:
         """Set the inactive weights to zero."""
-        if self._integers is not None:
-            bits.and_(sharding.local(self.parameter.detach()), self._integers)
+        if self._applied is not None:
+            self._applied.zero(sharding.local(self.parameter.detach()))
 
     def mask_gradient(self) -> None:
         """Zero the gradient of inactive connections, so that clipping and momentum see none of it."""
         grad = self.parameter.grad
-        if grad is not None and self._integers is not None:
-            bits.and_(sharding.local(grad), self._integers)
+        if grad is None or self._applied is None or (self.product and self.product.wrote(grad)):
+            return  # nothing there is inactive and not zero
+        self._applied.zero(sharding.local(grad))
 
     @property
     def gradient(self) -> Tensor | None:
@@ -125,7 +130,7 @@ class SparseLayer:
             weight is not None
             and parameter is self.parameter
             and sharding.local(self.mask).device == weight.device
-            and (self._integers is None or self._integers.element_size() == weight.element_size())
+            and (self._applied is None or self._applied.fits(weight))
         )
 
     def masked(self, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.compute import mode
 from lightning_rigl.methods.base import Method, Moment
 from lightning_rigl.model import (
     initial_masks,
@@ -59,6 +60,8 @@ class Sparsifier:
         seed: of all randomness here; None is ``torch.initial_seed()``. The global generator is never used.
         growth: what new connections are worth.
         rescale: multiply the initial weights for the masks, see `sparse_init.rescale`; None leaves them.
+        compute: how linear layers on the CPU compute between `start` and `release`: ``dense``, or by products
+            that skip the zeros, ``native``, ``torch`` or the better one, ``auto``.
 
     Raises:
         ValueError: bad input; nothing has been changed then. The message names the way out.
@@ -92,7 +95,9 @@ class Sparsifier:
         seed: int | None = None,
         growth: Growth | None = None,
         rescale: sparse_init.How | None = None,
+        compute: mode.Compute = "dense",
     ) -> None:
+        mode.check(compute)
         distribution = Distribution.of(distribution)
         self.model = model
         self.method = Method.of(method)
@@ -132,6 +137,7 @@ class Sparsifier:
             layer.notes.update({INITIAL: initial[name]} if name in initial else {})
         if self.method.latent:
             latent.begin(list(self.layers.values()), self.method, self.seed)
+        self.compute = mode.SparseCompute(model, self.layers, compute)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -164,6 +170,20 @@ class Sparsifier:
             for layer in self.layers.values():
                 layer.last = step - 1
         self.layers.check_agreement()
+        self.engage(step)
+
+    def engage(self, step: int | None = 0) -> None:
+        """Let the layers compute as it was chosen; `start` does it.
+
+        Args:
+            step: optimizer steps already done.
+        """
+        self.compute.begin()
+        self._expect(list(self.layers.values()), step or 0, None)
+
+    def release(self) -> None:
+        """Let the layers compute densely again, by their own classes; the masks stay."""
+        self.compute.end()
 
     @property
     def needs_look(self) -> bool:
@@ -220,6 +240,18 @@ class Sparsifier:
         sees = self.method.has("observe") or self.method.latent
         return sees or self.is_due(optimizer, step, clock)
 
+    def expect(self, optimizer: Optimizer, step: int, clock: float | None = None) -> None:
+        """Before a backward pass: see to it that the gradient is dense if this step needs it.
+
+        `before_step` does it for the step that follows; to be called where steps are not counted one by one.
+        An update that meets a gradient of active connections only is postponed.
+        """
+        self._expect(self.layers.of(optimizer), step, clock)
+
+    def _expect(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> None:
+        sees = self.method.latent or self.method.has("observe") or self._due(own, step, clock)
+        mode.expect(own, sees and self.method.gradient != "never")
+
     def _due(self, own: Sequence[SparseLayer], step: int, clock: float | None) -> bool:
         if self.timetable is None and self.schedule is not None:
             raise RuntimeError("call start() before the first step, so that the schedule is known in steps")
@@ -246,6 +278,9 @@ class Sparsifier:
         """
         own = self.layers.of(optimizer)
         due = self._due(own, step, clock)
+        due = due and not (self.method.gradient != "never" and mode.is_partial(own))
+        mode.stepped(own)
+        mode.attach(optimizer, own, self.growth)
         if due and self._reads and not self._gradients_are_finite(own):
             self.postponed += 1
             due = False
@@ -266,6 +301,8 @@ class Sparsifier:
                 layer.mask_gradient()
         for layer in own if skips or not due else ():
             layer.kept = None
+        if self.schedule is not None:
+            self._expect(own, step + 1, None if clock is None else clock + 1)
         return due
 
     def _moment(self, optimizer: Optimizer, step: int, clock: float | None, due: bool = True) -> Moment:
@@ -308,6 +345,20 @@ class Sparsifier:
             self.check_zeros()
         elif self.mixing:
             self.mask_weights()
+
+    def leave_step(self, loaded: bool = False) -> None:
+        """Leave a step that an exception has come into: the weights are those before it, undisturbed.
+
+        Args:
+            loaded: other weights have been loaded since; they stay as they are.
+        """
+        if self._around:
+            (self._around.forget if loaded else self._around.abandon)()
+
+    def put_at_rest(self, state: dict[str, Any]) -> None:
+        """Replace what a step has done to the weights in a state dict that shares their memory."""
+        if self._around:
+            self._around.put_at_rest(state)
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, moment: Moment) -> None:
@@ -365,9 +416,10 @@ class Sparsifier:
         return self.layers.density
 
     def summary(self) -> Table:
-        """A table of the sparse layers: shape, active of total, density."""
+        """A table of the sparse layers: shape, active of total, density; what computes sparsely."""
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        return density_table(f"sparse layers ({type(self.method).__name__})", shapes, self.counts)
+        title, how = f"sparse layers ({type(self.method).__name__})", self.compute.backends
+        return density_table(title, shapes, self.counts, {"compute": how} if self.compute.asked else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain types and tensors: masks at one bit a weight."""
@@ -398,6 +450,7 @@ class Sparsifier:
             layer.take_notes(state["notes"].get(name, {}))
         for name in _PLAIN:
             setattr(self, name, copy(state[name]))
+        self.leave_step(loaded=True)
         if self.method.latent:
             latent.restore(list(self.layers.values()), self.method, self.seed)
         self.timetable = Timetable(**state["timetable"]) if state["timetable"] else None

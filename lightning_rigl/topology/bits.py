@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_rigl.kernels import library, topology_calls
+
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -53,6 +55,46 @@ def integer_mask(mask: Tensor, like: Tensor) -> Tensor:
 def and_(values: Tensor, integers: Tensor) -> None:
     """Set ``values`` to +0.0 where inactive, in place: a nan does not survive it, nor does a sign."""
     values.view(integers.dtype).bitwise_and_(integers)
+
+
+class AppliedMask:
+    """A mask in the form that zeroes values fastest: integers; bits where the native kernels are loaded.
+
+    Args:
+        mask: bool, any shape.
+        like: values of the kind that it will be applied to; their layout decides.
+    """
+
+    def __init__(self, mask: Tensor, like: Tensor) -> None:
+        plain = like.dtype == torch.float32 and like.device.type == "cpu" and like.is_contiguous()
+        self._kernels = library.loaded() if plain else None
+        self._width = like.element_size()
+        self._form = torch.empty(0)
+        if self._kernels is None:
+            self._form = integer_mask(mask, like)
+        else:
+            self.renew(mask)
+
+    def renew(self, mask: Tensor) -> None:
+        """Take another mask of that shape."""
+        if self._kernels is None:
+            self._form.copy_(mask).neg_()
+        else:
+            self._form = topology_calls.pack_bits(self._kernels, mask)
+
+    def fits(self, like: Tensor) -> bool:
+        """Whether values of this type can be zeroed."""
+        return self._width == like.element_size()
+
+    def zero(self, values: Tensor) -> None:
+        """Set ``values`` to +0.0 where inactive, in place, see `and_`."""
+        if self._kernels is None:
+            and_(values, self._form)
+        elif values.is_contiguous():
+            topology_calls.and_bits(self._kernels, values, self._form)
+        else:
+            topology_calls.and_bits(self._kernels, plain := values.contiguous(), self._form)
+            values.copy_(plain)
 
 
 def digest(mask: Tensor) -> int:

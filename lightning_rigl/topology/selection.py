@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_rigl.kernels import library, topology_calls
+
 _DIGIT = 11  # bits that one histogram looks at
 _SAMPLE = 1 << 12
 
@@ -16,7 +18,8 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
 
     Exact, without sorting a layer: a sample of the scores gives a bound that most candidates fail; a radix
     selection finds the threshold among the rest, by a histogram of the upper bits of an order-preserving
-    integer, then of the next bits inside one bin. The result does not depend on the device or the sample.
+    integer, then of the next bits inside one bin. The result does not depend on the device or the sample, nor
+    on whether the native kernels, once they are loaded, do it.
     Half types are ranked as float32; ``-0.0`` equals ``0.0``.
 
     Args:
@@ -53,6 +56,9 @@ def _top(scores: Tensor, count: int, among: Tensor, available: int) -> Tensor:
         raise ValueError(f"asked to select {count} of {available} candidates; the count must lie within them")
     if count in (0, available):
         return among.clone() if count else torch.zeros_like(among)
+    kernels = library.loaded()
+    if kernels is not None and topology_calls.suits(scores):
+        return topology_calls.top(kernels, scores, count, among)
     flat = scores.detach().reshape(-1)
     likely = _likely(flat, count, among.reshape(-1), available)
     chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)

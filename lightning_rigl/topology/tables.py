@@ -59,8 +59,15 @@ class Table:
         return table
 
 
-def density_table(title: str, shapes: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> Table:
+def density_table(
+    title: str,
+    shapes: Mapping[str, Sequence[int]],
+    counts: Mapping[str, int],
+    more: Mapping[str, Mapping[str, str]] | None = None,
+) -> Table:
     """Layer, shape, active of total and density; one row per layer, and their sum.
+
+    ``more``: header of a further column -> layer -> cell.
 
     Example:
         >>> print(density_table("one layer", {"fc": (10, 8)}, {"fc": 20}))
@@ -75,8 +82,11 @@ def density_table(title: str, shapes: Mapping[str, Sequence[int]], counts: Mappi
         return name, shape, f"{active:,} of {size:,}", f"{active / size:.4f}"
 
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    columns = more or {}
     rows = [
-        row(name, " x ".join(map(str, shape)), counts[name], sizes[name]) for name, shape in shapes.items()
+        row(name, " x ".join(map(str, shape)), counts[name], sizes[name])
+        + tuple(cells[name] for cells in columns.values())
+        for name, shape in shapes.items()
     ]
-    total = row("total", "", sum(counts.values()), sum(sizes.values()))
-    return Table(title, ("layer", "shape", "active", "density"), tuple(rows), total)
+    total = row("total", "", sum(counts.values()), sum(sizes.values())) + ("",) * len(columns)
+    return Table(title, ("layer", "shape", "active", "density", *columns), tuple(rows), total)

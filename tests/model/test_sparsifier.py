@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rigl import ERK, Method, PerLayer, Sparsifier, Uniform, UpdateSchedule, load_masks
+from lightning_rigl.kernels import library
 from lightning_rigl.methods.base import Moment
 from lightning_rigl.model.sparse_layer import private_generator
 from tests.model.problems import MIXING, OPTIMIZERS, batches, network
@@ -460,7 +461,12 @@ def test_an_update_before_start_is_refused():
     assert not Sparsifier(model, method="static").before_step(optimizer, 0)
 
 
-def test_an_ordinary_step_reads_nothing_back_and_allocates_nothing():
+@pytest.mark.parametrize("native", [False, True])
+def test_an_ordinary_step_reads_nothing_back_and_allocates_nothing(native, monkeypatch):
+    if native and library.load() is None:
+        pytest.skip(f"no native kernels here: {library.why_not()}")
+    monkeypatch.setattr(library, "loaded", library.load if native else lambda: None)
+
     class Watch(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -480,7 +486,7 @@ def test_an_ordinary_step_reads_nothing_back_and_allocates_nothing():
         sparsifier.before_step(optimizer, 1)
         sparsifier.after_step()
     assert set(watch.seen) <= {"view", "detach", "bitwise_and_"}  # views, and one pass in place
-    assert watch.seen.count("bitwise_and_") == len(sparsifier.masks)
+    assert watch.seen.count("bitwise_and_") == (0 if native else len(sparsifier.masks))
 
 
 def test_rows_of_the_summary_add_up():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_rigl.kernels import library
 from lightning_rigl.topology import bits
 
 
@@ -38,3 +39,31 @@ def test_the_integer_mask_has_the_layout_of_the_weight():
     expected = torch.where(weight > 0, weight, 0.0)
     bits.and_(weight, integers)
     assert torch.equal(weight, expected)
+
+
+@pytest.fixture(params=["integers", "bits"])
+def form(request, monkeypatch):
+    """Without native kernels, and with them."""
+    if request.param == "bits" and library.load() is None:
+        pytest.skip(f"no native kernels here: {library.why_not()}")
+    monkeypatch.setattr(library, "loaded", library.load if request.param == "bits" else lambda: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "expanded weight"])
+def test_an_applied_mask_zeroes_inactive_values_whatever_they_are(form, dtype, layout):
+    weight = torch.randn(5, 7, dtype=dtype)
+    like = weight.t() if layout == "transposed" else weight
+    mask = torch.rand(like.shape) < 0.5
+    applied = bits.AppliedMask(mask, like)
+    for renewed in (mask, ~mask):
+        values = torch.randn(like.shape, dtype=dtype)
+        values[0, 0] = float("nan")
+        values = values.t().contiguous().t() if layout != "plain" else values
+        expected = torch.where(renewed, values, torch.zeros((), dtype=dtype))
+        applied.renew(renewed)
+        applied.zero(values)
+        assert torch.equal(values.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert not values[~renewed].signbit().any()
+    assert applied.fits(values)
+    assert not applied.fits(values.to(torch.complex64 if dtype == torch.float16 else torch.float16))

@@ -1,0 +1,137 @@
+"""Who computes products with a sparse weight: torch's own sparse kernels, or the native ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rigl.compute.structure import Structure, compressed, compressed_natively
+from lightning_rigl.kernels import library, product_calls
+from lightning_rigl.kernels.library import Library
+
+
+class Backend(ABC):
+    """Products on the CPU, in float32, that touch the active connections of a weight W only."""
+
+    @abstractmethod
+    def structure(self, mask: Tensor) -> Structure:
+        """The indices of a bool mask of shape (outputs, inputs), as this backend wants them."""
+
+    @abstractmethod
+    def gather(self, weight: Tensor, s: Structure) -> Tensor:
+        """The weights of the connections, of shape (connections,)."""
+
+    @abstractmethod
+    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
+        """Write values at the connections' places of a dense matrix; the others are left as they are."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Y = X W^T + b of shape (batch, outputs), and what the backward pass needs of X (batch, inputs)."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of X, of shape (batch, inputs), and of the connections; empty where not needed."""
+
+
+@dataclass(frozen=True)
+class TorchBackend(Backend):
+    """Compressed rows in torch: W @ X^T with 32-bit indices, and sampled products for the weight.
+
+    No compiler is needed; torch must have MKL. On the CPU, X @ W^T and 64-bit indices are slower by
+    factors.
+    """
+
+    def structure(self, mask: Tensor) -> Structure:
+        """See `Backend.structure`."""
+        return compressed(mask)
+
+    def gather(self, weight: Tensor, s: Structure) -> Tensor:
+        """See `Backend.gather`."""
+        return weight.reshape(-1).index_select(0, s.places)
+
+    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
+        """See `Backend.scatter`."""
+        into.view(-1).index_copy_(0, s.places, values)
+
+    def forward(
+        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        size = (len(starts) - 1, x.shape[1])
+        weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+        y = (weight @ x.t()).t().contiguous()  # as a dense layer gives it
+        return y if bias is None else y.add_(bias), x
+
+    def backward(
+        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.backward`."""
+        dx = dvalues = grad.new_empty(0)
+        if needs[0]:
+            turned = values.index_select(0, s.permutation)
+            dx = self.forward(grad, turned, s.starts_t, s.columns_t, None)[0]
+        if needs[1]:
+            size = (s.outputs, s.inputs)
+            zeros = torch.sparse_csr_tensor(
+                s.starts, s.columns, torch.zeros_like(values), size, check_invariants=False
+            )
+            dvalues = torch.sparse.sampled_addmm(zeros, grad.t(), kept, beta=0.0).values()
+        return dx, dvalues
+
+
+@dataclass(frozen=True)
+class NativeBackend(Backend):
+    """The package's own kernels.
+
+    Args:
+        library: where they are.
+    """
+
+    library: Library
+
+    def structure(self, mask: Tensor) -> Structure:
+        """See `Backend.structure`."""
+        return compressed_natively(mask, self.library)
+
+    def gather(self, weight: Tensor, s: Structure) -> Tensor:
+        """See `Backend.gather`."""
+        return product_calls.gather(self.library, weight, s.starts, s.columns)
+
+    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
+        """See `Backend.scatter`."""
+        product_calls.scatter(self.library, values, s.starts, s.columns, into)
+
+    def forward(
+        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        panels = product_calls.pack(self.library, x)
+        return product_calls.spmm(self.library, panels, len(x), starts, columns, values, bias), panels
+
+    def backward(
+        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.backward`."""
+        panels = product_calls.pack(self.library, grad)
+        dx = dvalues = grad.new_empty(0)
+        if needs[0]:
+            turned = product_calls.permute(self.library, values, s.permutation)
+            dx = product_calls.spmm(self.library, panels, len(grad), s.starts_t, s.columns_t, turned, None)
+        if needs[1]:
+            kept = product_calls.pack(self.library, kept) if kept.dim() == 2 else kept  # X as it was
+            dvalues = product_calls.sddmm(self.library, panels, kept, len(grad), s.starts, s.columns)
+        return dx, dvalues
+
+
+def native() -> NativeBackend | None:
+    """The native backend, or None where its library cannot be had; `library.why_not` says why."""
+    found = library.load()
+    return None if found is None else NativeBackend(found)

@@ -1,0 +1,105 @@
+"""The product of a dense parameter as one operator with gradients, for `torch.compile`.
+
+Its weight gradient is a new dense tensor, zero at inactive connections.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lightning_rigl.compute.operators import backend_of, spmm_backward, spmm_forward
+from lightning_rigl.compute.structure import Structure
+
+Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("lightning_rigl::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    columns: Tensor,
+    starts_t: Tensor,
+    columns_t: Tensor,
+    permutation: Tensor,
+    dense_gradient: bool,
+    backend: str,
+) -> Tensor:
+    """y = x W^T + b, of x (batch, inputs) and a weight that is zero where the indices have no connection."""
+    structure = Structure(starts, columns, starts_t, columns_t, permutation)
+    values = backend_of(backend).gather(weight, structure)
+    return spmm_forward(x, values, starts, columns, bias, backend)[0].contiguous()
+
+
+@sparse_linear.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("lightning_rigl::sparse_linear_backward", mutates_args=())
+def sparse_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    starts_t: Tensor,
+    columns_t: Tensor,
+    permutation: Tensor,
+    dense_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight; the latter zero where inactive, unless ``dense_gradient``."""
+    structure = Structure(starts, columns, starts_t, columns_t, permutation)
+    kernels = backend_of(backend)
+    dx, dvalues = spmm_backward(
+        *(grad, x, kernels.gather(weight, structure)),
+        *(starts, columns, starts_t, columns_t, permutation),
+        *(True, not dense_gradient, backend),
+    )
+    if dense_gradient:
+        return dx.contiguous(), grad.t() @ x
+    dweight = torch.zeros_like(weight)
+    kernels.scatter(dvalues, structure, dweight)
+    return dx.contiguous(), dweight
+
+
+@sparse_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *indices, dense_gradient, backend = inputs
+    ctx.save_for_backward(x, weight, *indices)
+    ctx.dense_gradient, ctx.backend = dense_gradient, backend
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *indices = ctx.saved_tensors
+    dx, dweight = sparse_linear_backward(grad, x, weight, *indices, ctx.dense_gradient, ctx.backend)
+    dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias, *[None] * 7
+
+
+sparse_linear.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lightning_rigl.sparse_linear)
+def _forward_flops(
+    x: Any, weight: Any, bias: Any, starts: Any, columns: Any, *rest: Any, **named: Any
+) -> int:
+    return 2 * int(x[0]) * int(columns[0])
+
+
+@register_flop_formula(torch.ops.lightning_rigl.sparse_linear_backward)
+def _backward_flops(
+    grad: Any, x: Any, weight: Any, starts: Any, columns: Any, *rest: Any, **named: Any
+) -> int:
+    dense = int(weight[0]) * int(weight[1]) if rest[3] else int(columns[0])
+    return 2 * int(grad[0]) * (int(columns[0]) + dense)

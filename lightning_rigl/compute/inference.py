@@ -1,0 +1,158 @@
+"""Operators of torch for inference: a linear layer, and a convolution with kernels of one pixel.
+
+``lightning_rigl::linear`` and ``lightning_rigl::conv1x1`` take the compressed rows of a weight W of shape
+(outputs, inputs): ``values`` float32 and ``columns`` uint16 or int32, of shape (connections,), and ``starts``
+int32 of shape (outputs + 1,). They give the gradient of their input, by a dense product; that of the weight
+is what `lightning_rigl.compute.linear` is for. ``lightning_rigl::dense`` writes W out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lightning_rigl.compute.backends import NativeBackend
+from lightning_rigl.compute.operators import backend_of
+from lightning_rigl.kernels import product_calls
+
+_MATRIX = "Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, int inputs, str backend"
+_LIBRARY: Any = torch.library.Library("lightning_rigl", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"linear({_MATRIX}) -> Tensor")
+_LIBRARY.define(f"conv1x1({_MATRIX}) -> Tensor")
+_LIBRARY.define("dense(Tensor values, Tensor starts, Tensor columns, int inputs) -> Tensor")
+
+
+def linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, inputs: int, backend: str
+) -> Tensor:
+    """X W^T + b of shape (..., outputs), of x (..., inputs).
+
+    Raises:
+        TypeError: ``x`` is not float32.
+        ValueError: it has another number of inputs.
+    """
+    _check(x, -1, inputs)
+    outputs = len(starts) - 1
+    flat = x.reshape(-1, inputs) if x.numel() else x.new_empty(x.shape[:-1].numel(), inputs)
+    if not _finite(x):  # a dense product makes nan of the zeros, too
+        weight = dense(values, starts, columns, inputs)
+        return torch.nn.functional.linear(flat, weight, bias).view(*x.shape[:-1], outputs)
+    kernels = backend_of(backend)
+    if isinstance(kernels, NativeBackend):
+        y = product_calls.linear(kernels.library, flat, starts, columns, values, bias)
+    else:
+        y = kernels.forward(flat, values, starts, columns, bias)[0]
+    return y.view(*x.shape[:-1], outputs)
+
+
+def conv1x1(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, inputs: int, backend: str
+) -> Tensor:
+    """W times the channels of each pixel, plus b: (images, outputs, ...) of x (images, inputs, ...).
+
+    Raises:
+        TypeError: ``x`` is not float32.
+        ValueError: it has another number of channels.
+    """
+    _check(x, 1, inputs)
+    shape = (len(x), len(starts) - 1, *x.shape[2:])
+    if not x.numel():
+        return (
+            x.new_zeros(shape)
+            if bias is None
+            else bias.view(-1, *[1] * len(x.shape[2:])).expand(shape).clone()
+        )
+    planes = x.reshape(len(x), inputs, -1)
+    kernels = backend_of(backend)
+    if not _finite(x):
+        y = dense(values, starts, columns, inputs) @ planes
+    elif isinstance(kernels, NativeBackend):
+        return product_calls.conv1x1(kernels.library, planes, starts, columns, values, bias).view(shape)
+    else:
+        size = (shape[1], inputs)
+        weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+        y = torch.stack([weight @ image for image in planes])
+    return (y if bias is None else y.add_(bias[:, None])).view(shape)
+
+
+def dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    """W of shape (outputs, inputs), zeros included."""
+    weight = values.new_zeros(len(starts) - 1, inputs)
+    rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
+    weight[rows, columns.to(torch.int64)] = values
+    return weight
+
+
+def _check(x: Tensor, place: int, inputs: int) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(
+            f"x is {x.dtype}; sparse products are float32: give x.float(), or take the dense model"
+        )
+    if x.shape[place] != inputs:
+        raise ValueError(f"x has shape {tuple(x.shape)}, and the layer {inputs} inputs at dimension {place}")
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.sum().isfinite())
+
+
+def _linear_shape(x: Tensor, values: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], starts.shape[0] - 1)
+
+
+def _conv1x1_shape(x: Tensor, values: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], starts.shape[0] - 1, *x.shape[2:])
+
+
+def _dense_shape(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    return values.new_empty(starts.shape[0] - 1, inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, starts, columns, _, ctx.inputs, _ = inputs
+    ctx.save_for_backward(values, starts, columns)
+
+
+def _weight(ctx: Any) -> Tensor:
+    if any(ctx.needs_input_grad[1:]):
+        raise RuntimeError(
+            "the products of inference give the gradient of their input only, and their weight or bias asks "
+            "for one; train the dense model, with RigLCallback(compute=...) if it is to be fast"
+        )
+    return torch.ops.lightning_rigl.dense(*ctx.saved_tensors, ctx.inputs)  # type: ignore[no-any-return]
+
+
+def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad @ _weight(ctx), *[None] * 6
+
+
+def _conv1x1_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = _weight(ctx).t() @ grad.flatten(2)
+    return dx.view(grad.shape[0], ctx.inputs, *grad.shape[2:]), *[None] * 6
+
+
+def _register(name: str, kernel: Any, shape: Any, gradients: Any) -> None:
+    _LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"lightning_rigl::{name}", shape, lib=_LIBRARY)
+    if gradients is not None:
+        torch.library.register_autograd(
+            f"lightning_rigl::{name}", gradients, setup_context=_save, lib=_LIBRARY
+        )
+
+
+_register("linear", linear, _linear_shape, _linear_gradients)
+_register("conv1x1", conv1x1, _conv1x1_shape, _conv1x1_gradients)
+_register("dense", dense, _dense_shape, None)
+
+
+@register_flop_formula(torch.ops.lightning_rigl.linear)
+def _linear_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(torch.Size(x[:-1]).numel()) * int(values[0])
+
+
+@register_flop_formula(torch.ops.lightning_rigl.conv1x1)
+def _conv1x1_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(torch.Size([x[0], *x[2:]]).numel()) * int(values[0])

@@ -1,0 +1,162 @@
+"""y = W x with W's zeros skipped, and gradients, of a parameter that stays a dense tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lightning_rigl.compute.compiled import sparse_linear
+from lightning_rigl.compute.operators import backend_of
+from lightning_rigl.compute.structure import Structure
+
+_BUFFERS = 2  # for gradients; a second one serves micro-batches and a layer that is used twice
+
+
+class SparseProduct:
+    """What one sparse parameter needs for products that skip its zeros.
+
+    Forward pass, input gradient and weight gradient touch the active connections only. The weight gradient
+    is a dense tensor like any other, zero at inactive connections; its memory is used again once nobody
+    holds it any more.
+
+    Args:
+        parameter: float32 on the CPU, of shape (outputs, inputs); inactive weights are zero.
+        mask: bool, its shape.
+        backend: ``torch`` or ``native``.
+    """
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor, backend: str) -> None:
+        self.parameter, self.backend = parameter, backend
+        self.dense_gradient = False  # whether backward passes give the gradient of inactive connections, too
+        self.partial = False  # whether one of them has left it out
+        self.active_gradient = False  # whether the gradient is a sparse tensor, of active connections
+        self.kernels = backend_of(backend)
+        self.renew(mask)
+
+    def renew(self, mask: Tensor) -> None:
+        """Take another mask; the weights are those of that mask by now."""
+        self.structure: Structure = self.kernels.structure(mask)
+        self._buffers: list[tuple[Tensor, int]] = []  # zero where inactive, as long as the version is this
+
+    def compiled(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as an operator that compilers see; its gradient is a tensor of its own."""
+        self.partial = not self.dense_gradient
+        s, flat = self.structure, x.reshape(-1, x.shape[-1])
+        indices = s.starts, s.columns, s.starts_t, s.columns_t, s.permutation
+        dense = self.dense_gradient
+        y: Tensor = sparse_linear(flat, self.parameter, bias, *indices, dense, self.backend)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def fits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether this product can be sparse: plain float32 tensors on the CPU, and the weight itself."""
+        return (
+            weight is self.parameter
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether x is a tensor of its own kind, in no functional transform."""
+        return type(x) in (Tensor, nn.Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x of shape (..., inputs) -> (..., outputs)."""
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Linear.apply(flat, self.parameter, bias, self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def values(self) -> Tensor:
+        """The weights of the connections as they are now: no counter tells of changes through ``.data``."""
+        return self.kernels.gather(self.parameter.detach(), self.structure)
+
+    def gradient(self, values: Tensor) -> Tensor:
+        """A gradient of the parameter's shape: these values where active, zero elsewhere."""
+        self.partial = True
+        if self.active_gradient:
+            s = self.structure
+            return torch.sparse_coo_tensor(
+                s.indices, values, (s.outputs, s.inputs), is_coalesced=True, check_invariants=False
+            )
+        buffer = self._spare()
+        self.kernels.scatter(values, self.structure, buffer)
+        self._buffers = [(b, b._version if b is buffer else version) for b, version in self._buffers]
+        return buffer.view_as(buffer)  # an alias that autograd may keep without a copy
+
+    def wrote(self, grad: Tensor) -> bool:
+        """Whether a gradient is what `gradient` gave, unchanged: zero where inactive."""
+        return grad.is_sparse or any(
+            grad.data_ptr() == buffer.data_ptr() and buffer._version == version
+            for buffer, version in self._buffers
+        )
+
+    def _spare(self) -> Tensor:
+        """Memory for a gradient that nobody else holds, zero where inactive."""
+        for buffer, version in self._buffers:
+            if _holders(buffer) == 1:
+                clean: Tensor = buffer if buffer._version == version else buffer.zero_()
+                return clean
+        buffer = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
+        if len(self._buffers) < _BUFFERS:
+            self._buffers.append((buffer, -1))
+        return buffer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of a layer computes densely
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors use this one's memory."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # less the handle that asks
+
+
+class _Linear(torch.autograd.Function):
+    """The product of a dense parameter whose inactive weights are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: SparseProduct) -> Tensor:
+        s, values = product.structure, product.values()
+        y: Tensor
+        y, kept = torch.ops.lightning_rigl.spmm_forward(x, values, s.starts, s.columns, bias, product.backend)
+        ctx.save_for_backward(x, weight, bias, values, kept)
+        ctx.product, ctx.structure = product, s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, values, kept = ctx.saved_tensors
+        product, s = ctx.product, ctx.structure
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        dbias = grad.sum(0) if of_bias else None
+        if (
+            torch.is_grad_enabled() or s is not product.structure
+        ):  # a graph of the gradient; a mask that is gone
+            return grad @ weight if of_x else None, grad.t() @ x if of_weight else None, dbias, None
+        dense = of_weight and product.dense_gradient
+        dx, dvalues = torch.ops.lightning_rigl.spmm_backward(
+            grad,
+            kept if kept.numel() else x,
+            values,
+            *(s.starts, s.columns, s.starts_t, s.columns_t, s.permutation),
+            of_x,
+            of_weight and not dense,
+            product.backend,
+        )
+        dweight = None
+        if of_weight:
+            dweight = grad.t() @ x if dense else product.gradient(dvalues)
+        return dx if of_x else None, dweight, dbias, None
+
+
+def product_of(product: SparseProduct | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a layer: sparse where that is possible, else as `torch.nn.functional.linear`."""
+    if product is None or not product.fits(x, weight):
+        return linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return product.compiled(x, bias)
+    return product(x, bias) if product.is_plain(x) else linear(x, weight, bias)

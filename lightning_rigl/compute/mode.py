@@ -1,0 +1,119 @@
+"""How a sparse model computes while it is trained: densely, or by products that skip its zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_rigl.compute import crossover, switch
+from lightning_rigl.compute.backends import native
+from lightning_rigl.compute.linear import SparseProduct
+from lightning_rigl.compute.optimizers import ActiveStep
+from lightning_rigl.kernels import library
+from lightning_rigl.model import sharding
+from lightning_rigl.model.sparse_layer import SparseLayer
+from lightning_rigl.topology.growth import Growth
+
+Compute = Literal["dense", "auto", "torch", "native"]
+
+
+def check(compute: object) -> None:
+    """Raise ValueError if there is no such way to compute."""
+    if compute not in get_args(Compute):
+        raise ValueError(f"compute: one of {', '.join(get_args(Compute))}, got {compute!r}")
+
+
+class SparseCompute:
+    """The products of a model's layers, as long as it is trained.
+
+    Args:
+        model: whose linear layers may compute sparsely.
+        layers: of it, by name.
+        compute: on what; ``auto`` is the native kernels, or torch's where these cannot be had.
+
+    Attributes:
+        asked: whether anything but ``dense`` was asked for.
+        backends: name of each layer -> ``torch``, ``native``, or ``dense``.
+        words: what a user should know of it; empty if nothing.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SparseLayer], compute: Compute) -> None:
+        self._model, self._layers = model, layers
+        self.asked = compute != "dense"
+        self.words: list[str] = []
+        backend = self._backend(compute)
+        self.backends = {name: self._choice(layer, backend) for name, layer in layers.items()}
+
+    def _backend(self, compute: Compute) -> str:
+        if compute in ("auto", "native"):
+            if native() is not None:
+                return "native"
+            self.words.append(
+                f"compute={compute!r}: the native kernels are not at hand, torch's are taken; "
+                f"{library.why_not()}"
+            )
+        return "dense" if compute == "dense" else "torch"
+
+    def _choice(self, layer: SparseLayer, backend: str) -> str:
+        weight = layer.parameter
+        plain = (
+            not sharding.is_sharded(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
+        )
+        if backend == "dense" or not plain or not switch.able(self._model, weight):
+            return "dense"
+        outputs, inputs = weight.shape
+        return backend if crossover.gains(outputs, inputs, layer.count, backend) else "dense"
+
+    def begin(self) -> None:
+        """Let the layers compute sparsely; the model is trained from here on."""
+        products: dict[nn.Module, SparseProduct] = {}
+        for name, backend in self.backends.items():
+            layer = self._layers[name]
+            if backend != "dense":
+                layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, backend)
+                products.update(dict.fromkeys(switch.able(self._model, layer.parameter), layer.product))
+        switch.on(products)
+
+    def end(self) -> None:
+        """Give the layers back as they were."""
+        switch.off(self._model)
+        for layer in self._layers.values():
+            layer.product = None
+
+
+def expect(own: Iterable[SparseLayer], dense: bool) -> None:
+    """Whether the next backward passes are to give the gradient of inactive connections, too."""
+    for layer in own:
+        if layer.product is not None:
+            layer.product.dense_gradient = dense
+
+
+def attach(optimizer: Optimizer, own: Iterable[SparseLayer], growth: Growth) -> None:
+    """Let an optimizer that can do it step active connections only.
+
+    Raises:
+        ValueError: new connections are to begin with a momentum, which is dense.
+    """
+    if isinstance(optimizer, ActiveStep):
+        if growth.momentum:
+            raise ValueError(
+                f"growth: momentum={growth.momentum} is given to a dense state, and {type(optimizer).__name__} "
+                "has none; take momentum=0, or the optimizer of torch"
+            )
+        optimizer.attach({x.parameter: x.product for x in own if x.product is not None})
+
+
+def is_partial(own: Iterable[SparseLayer]) -> bool:
+    """Whether a backward pass since the last step has left out the gradient of inactive connections."""
+    return any(layer.product is not None and layer.product.partial for layer in own)
+
+
+def stepped(own: Iterable[SparseLayer]) -> None:
+    """An optimizer's step begins: the gradients it has are used up."""
+    for layer in own:
+        if layer.product is not None:
+            layer.product.partial = False

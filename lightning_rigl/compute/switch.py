@@ -1,0 +1,86 @@
+"""Layers that compute sparsely for a while: an instance's class is exchanged, and put back."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lightning_rigl.compute.linear import SparseProduct, product_of
+
+_KEY = "_lightning_rigl_product"
+_variants: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
+
+
+class _Sparse:
+    """Put before a linear layer's own class: the same module, with another product."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Linear
+        """As `torch.nn.Linear`."""
+        layer: Any = self
+        return product_of(vars(self).get(_KEY), input, layer.weight, layer.bias)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the layer's own class, and are read without this package."""
+        reduced: Any = plain_twin(self).__reduce_ex__(protocol)
+        made, args, *state = reduced
+        if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle refuses it for another class
+            made, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
+        return made, args, *state
+
+
+def plain_twin(layer: Any) -> nn.Module:
+    """A module of the layer's own class that shares all it has but the sparse product."""
+    own = _own_class(layer)
+    twin: nn.Module = own.__new__(own)
+    vars(twin).update({name: value for name, value in vars(layer).items() if name != _KEY})
+    return twin
+
+
+def able(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
+    """The layers of a parameter, if all that use it are linear layers with `torch.nn.Linear`'s own product.
+
+    An output projection inside attention is not: attention never calls it.
+    """
+    inside = {
+        id(m)
+        for attention in model.modules()
+        if isinstance(attention, nn.MultiheadAttention)
+        for m in attention.modules()
+    }
+    users = [m for m in model.modules() if any(p is parameter for p in m.parameters(recurse=False))]
+    fits = all(
+        isinstance(m, nn.Linear)
+        and (type(m).forward is nn.Linear.forward or isinstance(m, _Sparse))
+        and m.weight is parameter
+        and id(m) not in inside
+        for m in users
+    )
+    return users if fits else []
+
+
+def on(layers: Mapping[nn.Module, SparseProduct]) -> None:
+    """Let these linear layers compute with their sparse products."""
+    for layer, product in layers.items():
+        own: Any = _own_class(layer)
+        if own not in _variants:
+            names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+            _variants[own] = type(own.__name__, (_Sparse, own), names)
+        layer.__class__ = _variants[own]
+        vars(layer)[_KEY] = product
+
+
+def off(model: nn.Module) -> None:
+    """Give all layers of a model back to their own classes."""
+    for layer in model.modules():
+        if isinstance(layer, _Sparse):
+            layer.__class__ = _own_class(layer)
+            vars(layer).pop(_KEY, None)
+
+
+def _own_class(layer: Any) -> Any:
+    cls: Any = type(layer)
+    return cls.__mro__[2] if issubclass(cls, _Sparse) else cls

@@ -1,0 +1,1 @@
+"""The package's C++: products, selections and steps over active connections only, and how it gets loaded."""

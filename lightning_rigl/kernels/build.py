@@ -1,0 +1,244 @@
+"""One shared library from the C++ files of this folder: compiled once into a cache, proved at every load."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ABI = 1  # of the functions' signatures; `lr_abi` in products.cpp gives the same number
+
+SOURCES = Path(__file__).parent
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",  # a product and a sum may become one operation; nan and inf stay what they are
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-shared",
+    "-fPIC",
+)
+_ATTEMPTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())  # the first accepted
+_SECONDS = 300
+_LINES = 12  # of a compiler's message that are repeated
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be had on this machine; the message says why and what helps."""
+
+
+def library(environment: Mapping[str, str]) -> Path:
+    """The path of kernels that fit these sources and this machine, compiled now if there are none yet.
+
+    A library kept beside the sources (as in a wheel) comes first, then one in the cache. Each has a stamp
+    beside it, which says of which sources it was made, what it asks of the CPU, and its checksum; one that
+    does not fit is passed over, and one in the cache is compiled anew. Several processes may ask at once:
+    one compiles, the others wait for it, and no one ever sees half a file.
+
+    Args:
+        environment: ``LIGHTNING_RIGL_CACHE`` names the cache folder, ``CXX`` the compiler.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or nowhere to write.
+    """
+    kept = [path for path in sorted(SOURCES.glob("_kernels*.so")) if not refusal(path)]
+    if kept:
+        return max(kept, key=lambda path: len(_stamp(path)["needs"]))
+    compiler = find_compiler(environment)
+    name = f"kernels-{_key(compiler)}.so"
+    folders = cache_folders(environment)
+    for folder in folders:
+        if not refusal(folder / name) and not _unsafe(folder):
+            return folder / name
+    troubles = []
+    for folder in folders:
+        trouble = _fill(folder, name, compiler)
+        if not trouble:
+            return folder / name
+        troubles.append(f"{folder} ({trouble})")
+    raise BuildError(
+        f"the compiled kernels can be kept in none of: {', '.join(troubles)}; let LIGHTNING_RIGL_CACHE name "
+        "a folder that can be written"
+    )
+
+
+def _fill(folder: Path, name: str, compiler: Sequence[str]) -> str:
+    """Have the library of this name in this cache; what the file system has against it, if anything."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if unsafe := _unsafe(folder):
+            return unsafe
+        with _locked(folder / f"{name}.lock"):
+            if refusal(folder / name):
+                compile_into(folder / name, compiler)
+    except OSError as trouble:
+        return trouble.strerror or str(trouble)
+    return ""
+
+
+def refusal(path: Path) -> str:
+    """Why the library at this path is not to be loaded, in words; empty when it fits.
+
+    Args:
+        path: of a shared library with its stamp (``.json`` in place of the suffix) beside it.
+    """
+    try:
+        stamp, checksum = _stamp(path), _checksum(path)
+    except (OSError, ValueError) as trouble:
+        return f"{path}: not there or not readable ({trouble})"
+    if stamp.get("checksum") != checksum:
+        return f"{path}: its checksum is not that of its stamp; the file is damaged"
+    if stamp.get("abi") != ABI or stamp.get("sources") != sources_digest():
+        return f"{path}: made of other sources than the package's"
+    if stamp.get("machine") != platform.machine():
+        return f"{path}: made for {stamp.get('machine')}, and this machine is {platform.machine()}"
+    missing = sorted(set(stamp.get("needs", ())) - cpu_flags())
+    if missing:
+        return f"{path}: asks for {', '.join(missing)}, which this CPU does not have"
+    return ""
+
+
+def compile_into(path: Path, compiler: Sequence[str], target: Sequence[str] | None = None) -> None:
+    """Compile the sources and put library and stamp in place, each by one rename.
+
+    Args:
+        path: of the library to be.
+        compiler: the command and its first arguments.
+        target: options that choose the instructions, such as ``-march=x86-64-v3 -fopenmp``, as prebuilt
+            libraries need them; None for those of this machine.
+
+    Raises:
+        BuildError: the compiler failed; the message repeats its last lines.
+        OSError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as folder:
+        made, stamp = Path(folder) / path.name, Path(folder) / "stamp.json"
+        for attempt in _ATTEMPTS if target is None else (target,):
+            trouble = _compile(compiler, (*FLAGS, *attempt), made)
+            if not trouble:
+                break
+        else:
+            raise BuildError(f"{shlex.join(compiler)} could not compile the kernels: {trouble}")
+        needs = sorted(cpu_flags()) if target is None and "-march=native" in attempt else _needs(attempt)
+        facts = {"abi": ABI, "sources": sources_digest(), "machine": platform.machine(), "needs": needs}
+        stamp.write_text(json.dumps({**facts, "checksum": _checksum(made)}))
+        made.replace(path)
+        stamp.replace(path.with_suffix(".json"))
+
+
+def find_compiler(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The C++ compiler's command: ``CXX``, or the first of g++, c++ and clang++ that is there.
+
+    Raises:
+        BuildError: there is none.
+    """
+    asked = shlex.split(environment.get("CXX", ""))
+    for command in [asked] if asked else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0], path=environment.get("PATH")):
+            return tuple(command)
+    found = f"CXX={shlex.join(asked)}" if asked else "g++, c++ and clang++"
+    raise BuildError(f"no C++ compiler: {found} not found; install one (apt install g++) or set CXX")
+
+
+def cache_folders(environment: Mapping[str, str]) -> list[Path]:
+    """Where compiled kernels may lie, best first: the folder named, or the user's cache and a private one."""
+    if named := environment.get("LIGHTNING_RIGL_CACHE"):
+        return [Path(named).expanduser().absolute()]
+    users = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "~")) / ".cache")
+    private = Path(tempfile.gettempdir()) / f"lightning-rigl-{os.getuid()}"
+    return [users.expanduser().absolute() / "lightning-rigl", private]
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this CPU says it can do, in the kernel's names (``avx2``, ``asimd``); elsewhere its model."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.partition(":")[0].strip() in ("flags", "Features"):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset(platform.processor().split())
+
+
+def sources_digest() -> str:
+    """A checksum of all C++ files, their names and their order."""
+    return hashlib.sha256(
+        b"".join(path.name.encode() + path.read_bytes() for path in _files("*.[ch]*"))
+    ).hexdigest()
+
+
+def _files(pattern: str) -> list[Path]:
+    return [path for path in sorted(SOURCES.glob(pattern)) if path.suffix in (".cpp", ".h")]
+
+
+def _compile(compiler: Sequence[str], flags: Sequence[str], output: Path) -> str:
+    """The last lines of the compiler's message if it failed, else nothing."""
+    command = [*compiler, *flags, *map(str, _files("*.cpp")), "-o", str(output)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, errors="replace")
+    except subprocess.TimeoutExpired:
+        return f"no answer after {_SECONDS} seconds"
+    if done.returncode == 0:
+        return ""
+    return (
+        "\n".join(done.stderr.strip().splitlines()[-_LINES:]) or f"exit status {done.returncode}, no message"
+    )
+
+
+def _needs(options: Sequence[str]) -> list[str]:
+    """The CPU flags without which code of these options must not run."""
+    v3 = ["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]
+    levels = {"-march=x86-64-v3": v3}
+    levels["-march=x86-64-v4"] = [*v3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
+    return [flag for option in options for flag in levels.get(option, ())]
+
+
+def _key(compiler: Sequence[str]) -> str:
+    """What a cached library depends on, in a file's name."""
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, errors="replace"
+    ).stdout
+    parts = [str(ABI), sources_digest(), *compiler, version, *FLAGS, platform.machine(), *sorted(cpu_flags())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    stamp = json.loads(path.with_suffix(".json").read_text())
+    if not isinstance(stamp, dict):
+        raise ValueError("its stamp is no stamp")
+    return stamp
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _unsafe(folder: Path) -> str:
+    """Why a library in this folder might be someone else's: code is loaded only where no one else writes."""
+    facts = folder.stat()
+    if facts.st_uid not in (os.getuid(), 0):
+        return "it belongs to another user"
+    return "others may write to it" if facts.st_mode & stat.S_IWOTH else ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that ask for this lock, where the file system knows locks."""
+    if sys.platform == "win32":
+        raise BuildError("the kernels are made on Linux and macOS only")
+    import fcntl
+
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a network drive without locks: a second compilation does no harm
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,147 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_rigl.compute import switch
+from lightning_rigl.compute.linear import SparseProduct
+
+
+class Own(nn.Linear):
+    """A stranger's layer with nothing changed in its product."""
+
+    def extra_repr(self):
+        return "own"
+
+
+class Scaled(nn.Linear):
+    """A stranger's layer with another product."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def sparse(layer, backend="torch"):
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand_like(layer.weight) < 0.3)
+    return SparseProduct(layer.weight, layer.weight.detach() != 0, backend)
+
+
+@pytest.fixture(params=[nn.Linear, Own])
+def on(request):
+    """A model whose first layer computes sparsely, and what it was before."""
+    model = nn.Sequential(request.param(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    product = sparse(model[0])
+    before = copy.deepcopy(model)
+    switch.on({model[0]: product})
+    yield model, before
+    switch.off(model)
+    assert type(model[0]) is request.param
+    assert vars(model[0]).keys() == vars(before[0]).keys()
+
+
+def test_a_stranger_sees_the_same_module(on):
+    model, before = on
+    assert isinstance(model[0], type(before[0]))
+    assert type(model[0]).__name__ == type(before[0]).__name__
+    assert repr(model) == repr(before)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    model.load_state_dict(before.state_dict())
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(model(x), before(x))
+
+
+def test_the_product_is_sparse(on, monkeypatch):
+    model, _ = on
+    seen = []
+    monkeypatch.setattr(SparseProduct, "__call__", lambda self, x, bias: seen.append(x) or x[:, :8])
+    model(torch.randn(3, 12))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save"])
+def test_copies_are_of_the_own_class_and_compute_densely(on, how):
+    model, before = on
+    if how == "deepcopy":
+        found = copy.deepcopy(model)
+    elif how == "copy":
+        found = nn.Sequential(copy.copy(model[0]), *model[1:])
+    elif how == "pickle":
+        found = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        found = torch.load(file, weights_only=False)
+    assert type(found[0]) is type(before[0])
+    assert vars(found[0]).keys() == vars(before[0]).keys()
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(found(x), before(x))
+    assert type(model[0]) is not type(before[0]), "the model itself is as it was"
+
+
+def test_hooks_on_the_layer_still_run(on):
+    model, _ = on
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(torch.randn(3, 12))
+    assert seen == [(3, 8)]
+
+
+def test_twice_on_is_once_on(on):
+    model, before = on
+    switch.on({model[0]: sparse(model[0])})
+    switch.off(model)
+    assert type(model[0]) is type(before[0])
+
+
+def test_a_weight_that_was_replaced_is_used_densely(on):
+    model, _ = on
+    model[0].weight = nn.Parameter(torch.ones(8, 12))
+    x = torch.randn(3, 12)
+    expected = x.sum(1, keepdim=True) + model[0].bias
+    torch.testing.assert_close(model[0](x), expected)
+
+
+def test_a_parametrized_weight_is_used_densely(on):
+    model, _ = on
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    model(torch.randn(3, 12)).sum().backward()
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+
+
+def test_who_is_able():
+    tied = nn.Linear(8, 8)
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(8, 8),
+            "own": Own(8, 8),
+            "scaled": Scaled(8, 8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "conv": nn.Conv1d(8, 8, 1),
+            "tied": tied,
+            "again": nn.Linear(8, 8),
+            "embedding": nn.Embedding(8, 8),
+            "head": nn.Linear(8, 8),
+        }
+    )
+    model["again"].weight = tied.weight
+    model["head"].weight = model["embedding"].weight
+    found = {
+        name: switch.able(model, layer.weight) for name, layer in model.items() if hasattr(layer, "weight")
+    }
+    assert found == {
+        "plain": [model["plain"]],
+        "own": [model["own"]],
+        "scaled": [],
+        "conv": [],
+        "tied": [tied, model["again"]],
+        "again": [tied, model["again"]],
+        "embedding": [],
+        "head": [],
+    }
+    assert switch.able(model, model["attention"].out_proj.weight) == []
