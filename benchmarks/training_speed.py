@@ -3,10 +3,10 @@
     python benchmarks/training_speed.py mlp          3072-1024-1024-1024-10, batch 128, SGD: two minutes
     python benchmarks/training_speed.py vit          ViT-B, batch 4, AdamW: ten minutes
 
-Every round fits the same module anew: dense (no callback), then RigL at each sparsity, dense-masked and on each
-backend, with an update every 100 steps inside the timed steps. The ratio of a round is the dense time of a
-step over the sparse one; the median over rounds is stored under ``results/``. The dense baseline is torch as
-shipped, with the fused optimizer, the fastest one on a CPU.
+Every round fits the same module anew: dense (no callback), then RigL at each sparsity, dense-masked and
+on each backend, with an update every 100 steps inside the timed steps. The ratio of a round is the dense
+time of a step over the sparse one; the median over rounds is stored under ``results/``. The dense baseline
+is torch as shipped, with the fused optimizer, the fastest one on a CPU.
 """
 
 from __future__ import annotations

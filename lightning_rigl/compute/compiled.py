@@ -30,7 +30,7 @@ def sparse_linear(
     dense_gradient: bool,
     backend: str,
 ) -> Tensor:
-    """y = x W^T + b, of x (batch, inputs) and a weight that is zero where the indices have no connection."""
+    """The product y = x W^T + b, of x (batch, inputs) and a weight that is zero elsewhere than there."""
     structure = Structure(starts, columns, starts_t, columns_t, permutation)
     values = backend_of(backend).gather(weight, structure)
     return spmm_forward(x, values, starts, columns, bias, backend)[0].contiguous()

@@ -60,11 +60,7 @@ def conv1x1(
     _check(x, 1, inputs)
     shape = (len(x), len(starts) - 1, *x.shape[2:])
     if not x.numel():
-        return (
-            x.new_zeros(shape)
-            if bias is None
-            else bias.view(-1, *[1] * len(x.shape[2:])).expand(shape).clone()
-        )
+        return x.new_empty(shape)  # no image or no pixel
     planes = x.reshape(len(x), inputs, -1)
     kernels = backend_of(backend)
     if not _finite(x):

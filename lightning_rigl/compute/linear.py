@@ -65,7 +65,7 @@ class SparseProduct:
         return type(x) in (Tensor, nn.Parameter) and torch._C._functorch.peek_interpreter_stack() is None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x of shape (..., inputs) -> (..., outputs)."""
+        """Of x of shape (..., inputs) the product, (..., outputs)."""
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor = _Linear.apply(flat, self.parameter, bias, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -123,13 +123,13 @@ class _Linear(torch.autograd.Function):
         s, values = product.structure, product.values()
         y: Tensor
         y, kept = torch.ops.lightning_rigl.spmm_forward(x, values, s.starts, s.columns, bias, product.backend)
-        ctx.save_for_backward(x, weight, bias, values, kept)
+        ctx.save_for_backward(x, weight, values, kept)
         ctx.product, ctx.structure = product, s
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, values, kept = ctx.saved_tensors
+        x, weight, values, kept = ctx.saved_tensors
         product, s = ctx.product, ctx.structure
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dbias = grad.sum(0) if of_bias else None

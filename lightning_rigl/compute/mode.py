@@ -101,8 +101,8 @@ def attach(optimizer: Optimizer, own: Iterable[SparseLayer], growth: Growth) -> 
     if isinstance(optimizer, ActiveStep):
         if growth.momentum:
             raise ValueError(
-                f"growth: momentum={growth.momentum} is given to a dense state, and {type(optimizer).__name__} "
-                "has none; take momentum=0, or the optimizer of torch"
+                f"growth: momentum={growth.momentum} is given to a dense state, and "
+                f"{type(optimizer).__name__} has none; take momentum=0, or the optimizer of torch"
             )
         optimizer.attach({x.parameter: x.product for x in own if x.product is not None})
 

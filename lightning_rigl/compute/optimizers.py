@@ -110,8 +110,9 @@ class ActiveStep(Optimizer):
                 value = product.kernels.gather(value, product.structure)
             elif len(value) != product.structure.count:
                 raise RuntimeError(
-                    f"{type(self).__name__}: {key} holds {len(value)} active connections and the mask has "
-                    f"{product.structure.count}; load the checkpoint of the callback along with the optimizer's"
+                    f"{type(self).__name__}: {key} holds {len(value)} active connections and the mask "
+                    f"has {product.structure.count}; load the callback's checkpoint along with "
+                    "the optimizer's"
                 )
             state[key] = value
             found.append(value)
