@@ -1,0 +1,1 @@
+"""Trained sparse models made small and fast, and written to files."""
