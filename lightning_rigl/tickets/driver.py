@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,13 +38,14 @@ class LotteryTickets:
     one; with a higher ``rounds`` it goes on from a finished run. User callbacks begin each round anew.
 
     Args:
-        folder: of this run alone; later calls must prune and rewind alike.
+        folder: of this run alone; later calls must prune, rewind and train alike, and as long.
         model: makes the module, once for each round; every round but the first replaces its weights.
         trainer: makes a Trainer for each round, with the callbacks that it is given among its own. These
             write the checkpoints, so leave ``enable_checkpointing`` as it is.
         rounds: prunings, at least 1: the last density is about (1 - prune) ** rounds.
         prune: share of the remaining connections that a round removes, in (0, 1); rounded up.
-        rewind: ``init``, ``learning_rate``, a step k, or a fraction of training in (0, 1), rounded down.
+        rewind: ``init``, ``learning_rate``, a step k, or a fraction of training in (0, 1), rounded down to a
+            step of at least 1.
         include: regular expressions of the parameters to prune, in place of the default; see `RigLCallback`.
         exclude: regular expressions of parameters that stay dense.
         save_every: optimizer steps between checkpoints inside a round; None is at the end of each epoch.
@@ -76,8 +77,8 @@ class LotteryTickets:
         rounds: int,
         prune: float = 0.2,
         rewind: Literal["init", "learning_rate"] | int | float = "init",
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
         save_every: int | None = None,
     ) -> None:
         _check_makers(model, trainer)
@@ -89,7 +90,8 @@ class LotteryTickets:
         _check_rewind(rewind)
         self.folder = Folder(folder)
         self.rounds, self.save_every = rounds, save_every
-        self.prune, self.rewind, self.include, self.exclude = prune, rewind, include, exclude
+        self.prune, self.rewind = float(prune), rewind
+        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
         self._model, self._trainer = model, trainer
 
     @property
@@ -115,9 +117,11 @@ class LotteryTickets:
             All finished rounds, the dense one first.
 
         Raises:
-            ValueError: the folder holds tickets of other settings or another model; pruning would leave a
-                layer without connections. The rounds before stay.
-            MisconfigurationException: a Trainer that tickets cannot be made with.
+            ValueError: the folder holds tickets of other settings or another model, or has lost a file;
+                pruning would leave a layer without connections. The rounds before stay.
+            MisconfigurationException: a Trainer or a scheduler that tickets cannot be made with; another
+                length of training than that of the rounds before.
+            RuntimeError: a round has nothing to train.
         """
         settings = {name: getattr(self, name) for name in ("prune", "rewind", "include", "exclude")}
         self.folder.check(settings)
@@ -129,11 +133,20 @@ class LotteryTickets:
             data = (train_dataloaders, val_dataloaders, datamodule)
             trainer.fit(module, *data, ckpt_path=self._checkpoint(index))
             if len(self.tickets) <= index:
-                raise RuntimeError(
-                    f"round {index} has not been trained to its end; call run() again, and if nothing is "
-                    f"left to train, remove {str(self.folder.file(index, 'last.ckpt'))!r} to repeat the round"
-                )
+                raise RuntimeError(self._untrained(index))
         return self.tickets
+
+    def _untrained(self, index: int) -> str:
+        last = self.folder.file(index, "last.ckpt")
+        if last.exists():
+            return (
+                f"round {index} has not been trained to its end; call run() again, and if nothing is left to "
+                f"train, remove {str(last)!r} to repeat the round"
+            )
+        return (
+            f"round {index} has not been trained: is there something to train, batches and max_epochs or "
+            "max_steps above 0? Else call run() again"
+        )
 
     def _masks(self, index: int) -> str:
         """The ``init`` of a round: all weights, or the file of the masks that are left of the last ones."""
@@ -157,8 +170,13 @@ class LotteryTickets:
             start = self.folder.file(index, "start.ckpt")
             weights = _load(self.folder.file(index - 1, "end.ckpt"))["state_dict"]
             write_tensors({**_load(self.folder.first), "state_dict": weights}, start)
-        elif index and self.folder.rewind.exists():
+        elif index and self.folder.read_settings()["step"]:
             start = self.folder.rewind
+            if not start.exists():
+                raise ValueError(
+                    f"{str(start)!r} is missing, and this round begins with it; put it back, or take "
+                    "another folder"
+                )
         return start if self.folder.settings.exists() else None
 
     def _new_module(self) -> LightningModule:
@@ -199,6 +217,12 @@ def _check_makers(model: object, trainer: object) -> None:
         )
     if not callable(trainer):
         raise TypeError(f"trainer: a function that makes a Trainer from a list of callbacks, got {trainer!r}")
+
+
+def _patterns(name: str, given: Sequence[str] | None) -> list[str] | None:
+    if isinstance(given, str):
+        raise ValueError(f"{name}: expected a list of regular expressions, got the string {given!r}")
+    return None if given is None else list(given)
 
 
 def _check_count(name: str, value: object) -> None:

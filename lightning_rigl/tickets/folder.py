@@ -48,10 +48,15 @@ class Folder:
     ``tickets.json`` holds the settings, ``first.ckpt`` and ``rewind.ckpt`` the training before its first
     step and after step k. A round has a folder with the ``masks.pt`` it trains, ``last.ckpt`` while it runs,
     and in the end ``end.ckpt`` and ``end.json``; the last of these says that the round is finished.
+
+    Raises:
+        ValueError: the path is a file; later, one of the small files is not what was written there.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"folder={str(self.path)!r} is a file; give the name of a folder")
         self.settings = self.path / "tickets.json"
         self.first = self.path / "first.ckpt"
         self.rewind = self.path / "rewind.ckpt"
@@ -64,14 +69,15 @@ class Folder:
         """The rounds that are finished."""
         found: list[Ticket] = []
         while (end := self.file(len(found), "end.json")).exists():
-            found.append(
-                Ticket(len(found), **json.loads(end.read_text()), checkpoint=end.with_suffix(".ckpt"))
-            )
+            result = read_json(end, ("active", "size", "steps", "metrics"))
+            found.append(Ticket(len(found), **result, checkpoint=end.with_suffix(".ckpt")))
         return found
 
     def read_settings(self) -> dict[str, Any]:
         """What the folder was made with; empty if there is nothing yet."""
-        return dict(json.loads(self.settings.read_text())) if self.settings.exists() else {}
+        if not self.settings.exists():
+            return {}
+        return read_json(self.settings, ("format", "step", "parameters"))
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError unless what is kept here was made with these settings."""
@@ -83,16 +89,49 @@ class Folder:
                     f"has {name}={own!r}; go on with the same {name}, or take another folder"
                 )
 
-    def check_parameters(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raise ValueError for a parameter that the model of this folder does not have, or has otherwise."""
+    def check_parameters(self, shapes: Mapping[str, Sequence[int] | None], complete: bool = True) -> None:
+        """Raise ValueError unless the model of this folder has the same parameters.
+
+        Args:
+            shapes: of the parameters of a model, by name; None where it is not known yet.
+            complete: whether these are all; if not, others of the folder may still come.
+        """
         known = self.read_settings().get("parameters")
+        if known is None:
+            return
+        another = f"folder={str(self.path)!r} holds tickets of another model"
         for name, shape in shapes.items():
-            if known is not None and known.get(name) != list(shape):
+            if shape is not None and known.get(name) != list(shape):
                 was = f"has it as {known[name]}" if name in known else "has none of that name"
                 raise ValueError(
-                    f"folder={str(self.path)!r} holds tickets of another model: {name} is {list(shape)} now, "
-                    f"and the model of the folder {was}; take another folder"
+                    f"{another}: {name} is {list(shape)} now, and the model of the folder {was}; take "
+                    "another folder"
                 )
+        for name in known if complete else ():
+            if name not in shapes:
+                raise ValueError(f"{another}, which has {name}; this one has not; take another folder")
+
+
+def read_json(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: it is not that, or has none of one of these names.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        content, why = None, str(error)
+    else:
+        whole = isinstance(content, dict)
+        missing = [name for name in names if name not in content] if whole else []
+        why = f"{missing[0]} is missing" if missing else "" if whole else "no names and values"
+    if why:
+        raise ValueError(
+            f"{str(path)!r} is not what lottery tickets write there ({why}); put that file back, or take "
+            "another folder"
+        )
+    return dict(content)
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

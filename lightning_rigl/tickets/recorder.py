@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_rigl.callbacks.clock import training_length
@@ -42,15 +43,22 @@ class Recorder(Checkpoint):
         """Refuse what cannot work, before anything is written."""
         refuse_trainer(trainer)
         known = layers.named_parameters(pl_module).items()
-        self.folder.check_parameters({n: list(p.shape) for n, p in known if not nn.parameter.is_lazy(p)})
+        shapes = {n: None if nn.parameter.is_lazy(p) else list(p.shape) for n, p in known}
+        later = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+        self.folder.check_parameters(shapes, complete=not later)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve step k; keep the training before its first step, in the first round."""
-        known = self.folder.read_settings()
+        refuse_schedulers(trainer)
+        known, length = self.folder.read_settings(), training_length(trainer, trainer.max_epochs)
+        self.folder.check({"length": length})
         by_hand = not pl_module.automatic_optimization  # then the length is in batches
-        length = None if by_hand else training_length(trainer, trainer.max_epochs)
-        self._step = known["step"] if known else rewind_step(self.settings["rewind"], length)
+        rewind = self.settings["rewind"]
+        self._step = known["step"] if known else rewind_step(rewind, None if by_hand else length)
         self._saved = trainer.global_step
+        loop = trainer.fit_loop
+        if loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
+            loop.reset_restart_stage()  # else Lightning does not count the epoch that begins now
         if self.index:
             return
         self._kept = self._step == 0 or self.folder.rewind.exists()
@@ -58,34 +66,25 @@ class Recorder(Checkpoint):
             self._keep(trainer, self.folder.first)
         if trainer.is_global_zero and not known:
             shapes = {n: list(p.shape) for n, p in layers.named_parameters(pl_module).items()}
-            made = {"format": FORMAT, **self.settings, "step": self._step, "parameters": shapes}
-            write_json(made, self.folder.settings)
+            made = {**self.settings, "step": self._step, "length": length, "parameters": shapes}
+            write_json({"format": FORMAT, **made}, self.folder.settings)
         trainer.strategy.barrier()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the training after step k, and every few steps if asked to."""
-        step = trainer.global_step
-        if not self._kept and step >= self._step:
-            if step > self._step:
-                raise MisconfigurationException(
-                    f"rewind: no batch ends after exactly {self._step} optimizer steps, the next one ends "
-                    f"after {step}; rewind to a step at which one does"
-                )
-            self._keep(trainer, self.folder.rewind)
-            self._kept = True
-        if self.save_every:
-            due = step >= self._saved + self.save_every
-        else:  # limited by steps, Lightning loses count after a checkpoint of an epoch's end
-            due = trainer.max_steps != -1 and trainer.is_last_batch
-        if due:
-            self._save_last(trainer, trainer.is_last_batch)
+        if trainer.max_steps != -1 or not trainer.is_last_batch:
+            self._batch_over(trainer, trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the training after an epoch, where that is what is asked for."""
-        if not self.save_every and trainer.max_steps == -1:
-            self._save_last(trainer, True)
+        """The same after the last batch of an epoch.
+
+        A training that is limited by epochs would count this one twice if it went on from its last batch; one
+        that is limited by steps would if it went on from here.
+        """
+        if trainer.max_steps == -1:
+            self._batch_over(trainer, True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result; from here on the round is finished."""
@@ -107,6 +106,19 @@ class Recorder(Checkpoint):
             for name in ("last.ckpt", "start.ckpt"):
                 self.folder.file(self.index, name).unlink(missing_ok=True)
         trainer.strategy.barrier()
+
+    def _batch_over(self, trainer: Trainer, epoch_over: bool) -> None:
+        step = trainer.global_step
+        if not self._kept and step >= self._step:
+            if step > self._step:
+                raise MisconfigurationException(
+                    f"rewind: no batch ends after exactly {self._step} optimizer steps, the next one ends "
+                    f"after {step}; rewind to a step at which one does"
+                )
+            self._keep(trainer, self.folder.rewind)
+            self._kept = True
+        if step >= self._saved + self.save_every if self.save_every else epoch_over:
+            self._save_last(trainer, epoch_over)
 
     def _save_last(self, trainer: Trainer, epoch_over: bool) -> None:
         """Keep a training that goes on; Lightning does not start one in which nothing is left to do."""
@@ -150,7 +162,8 @@ def rewind_step(rewind: str | int | float, length: int | None) -> int:
         length: of training in optimizer steps; None if unknown.
 
     Raises:
-        MisconfigurationException: k is not before the end, or a fraction of an unknown length.
+        MisconfigurationException: k is not before the end, or a fraction of an unknown length or of less than
+            one step.
 
     Example:
         >>> rewind_step("init", 500), rewind_step(20, 500), rewind_step(0.05, 500)
@@ -163,6 +176,11 @@ def rewind_step(rewind: str | int | float, length: int | None) -> int:
             f"rewind={rewind}, a fraction of training, whose optimizer steps nobody knows; give a step"
         )
     step = int(rewind * (length or 0)) if isinstance(rewind, float) else rewind
+    if isinstance(rewind, float) and not step:
+        raise MisconfigurationException(
+            f"rewind={rewind}: training has {length} steps, and this share of them is none; give a step, or "
+            "rewind='init' for the initialisation"
+        )
     if length is not None and step >= length:
         raise MisconfigurationException(
             f"rewind={rewind}: training has {length} steps, and nothing would be left to train; give a step "
@@ -187,6 +205,17 @@ def refuse_trainer(trainer: Trainer) -> None:
             "WeightAveraging trains other weights than its checkpoints show, and these are what is pruned "
             "and rewound; train the tickets without it"
         )
+
+
+def refuse_schedulers(trainer: Trainer) -> None:
+    """Raise MisconfigurationException for a scheduler that is stepped after its checkpoint."""
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau:
+            raise MisconfigurationException(
+                f"{type(config.scheduler).__name__} follows a metric: Lightning steps it after the "
+                "checkpoint of an epoch is written, and a round that goes on from there would lose that "
+                "step; take a scheduler that follows steps or epochs, such as CosineAnnealingLR"
+            )
 
 
 def _rigl(trainer: Trainer) -> RigLCallback:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,9 @@ from tests.tickets.problems import Net, Seeds, Trainers, loader, tickets
         ({"prune": 0.0}, r"prune: the share that a round removes, a number in \(0, 1\), got 0.0"),
         ({"prune": 1}, "prune: .*got 1"),
         ({"prune": float("nan")}, "prune: .*got nan"),
+        ({"prune": "0.2"}, "prune: .*got '0.2'"),
+        ({"include": "net.3"}, "include: expected a list of regular expressions, got the string 'net.3'"),
+        ({"exclude": "net.3"}, "exclude: expected a list of regular expressions, got the string 'net.3'"),
         ({"rewind": "step"}, "rewind: 'init', 'learning_rate', a step .*got 'step'"),
         ({"rewind": -1}, "rewind: .*got -1"),
         ({"rewind": True}, "rewind: .*got True"),
@@ -35,6 +39,20 @@ def test_values(settings, words):
     with pytest.raises(ValueError, match=words):
         tickets(**settings)
     assert not Path("tickets").exists()
+
+
+def test_a_number_of_numpy_and_a_tuple_are_what_they_mean():
+    """In a second call as in the first one."""
+    settings = {"prune": np.float64(0.25), "exclude": (r"net\.3",)}
+    assert [t.active for t in tickets(rounds=1, **settings).run(loader())] == [384, 288]
+    assert [t.active for t in tickets(rounds=2, **settings).run(loader())] == [384, 288, 216]
+    assert len(tickets(rounds=2, exclude=[r"net\.3"]).run(loader())) == 3
+
+
+def test_a_file_is_no_folder():
+    Path("taken").touch()
+    with pytest.raises(ValueError, match="folder='taken' is a file; give the name of a folder"):
+        tickets("taken")
 
 
 def test_what_makes_modules_and_trainers():
@@ -65,11 +83,20 @@ class Unlucky(Net):
         self.save_hyperparameters({"path": Path("data")})
 
 
+class Metric(Net):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.2)
+        lower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lower, "monitor": "loss"}}
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "rewind", "words"),
     [
         (None, {"fast_dev_run": True}, "init", "fast_dev_run: a trial would leave its tickets"),
         (None, {"enable_checkpointing": False}, "init", "leave enable_checkpointing as it is"),
+        (None, {}, 0.05, "rewind=0.05: training has 12 steps, and this share of them is none"),
+        (Metric, {}, "init", "ReduceLROnPlateau follows a metric.*would lose that step; take a scheduler"),
         (None, {}, 12, "rewind=12: training has 12 steps, and nothing would be left"),
         (
             None,
@@ -82,6 +109,8 @@ class Unlucky(Net):
     ids=[
         "trial",
         "no checkpoints",
+        "less than a step",
+        "metric",
         "step after the end",
         "unknown length",
         "hyperparameters",
@@ -91,6 +120,39 @@ def test_trainings_that_tickets_cannot_be_made_of(model, settings, rewind, words
     with pytest.raises(MisconfigurationException, match=words):
         tickets(model=model, trainer=Trainers(**settings), rewind=rewind).run(loader())
     assert not [path for path in Path("tickets").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
+def test_nothing_to_train(settings):
+    with pytest.raises(RuntimeError, match="round 0 has not been trained: is there something to train"):
+        tickets(trainer=Trainers(**settings)).run(loader())
+    assert not Path("tickets").exists()
+
+
+def test_a_scheduler_that_only_names_a_metric_or_is_stepped_by_hand():
+    class Named(Net):
+        def configure_optimizers(self):
+            given = super().configure_optimizers()
+            return {**given, "lr_scheduler": {**given["lr_scheduler"], "monitor": "loss"}}
+
+    class ByHand(Metric):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            given = super().configure_optimizers()
+            return {**given, "lr_scheduler": given["lr_scheduler"]["scheduler"]}
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.lr_schedulers().step(loss.detach())
+
+    for model in (Named, ByHand):
+        assert len(tickets(model.__name__, model=model, rounds=1).run(loader())) == 2
 
 
 def test_averaged_weights():
@@ -182,10 +244,51 @@ class TestAFolderOfAnotherRun:
             "masks.pt",
         }
 
+    def test_a_model_with_less(self):
+        class Less(Net):
+            def __init__(self):
+                super().__init__()
+                self.net[1] = nn.Identity()
+
+        with pytest.raises(ValueError, match=r"another model, which has net\.1\.weight; this one has not"):
+            tickets(model=Less).run(loader())
+
+    @pytest.mark.parametrize("length", [{"max_epochs": 4}, {"max_steps": 10}, {"limit_train_batches": 3}])
+    def test_another_length(self, length):
+        words = "holds tickets of length=12, and this call has length=.*the same length"
+        with pytest.raises(ValueError, match=words):
+            tickets(trainer=Trainers(**length)).run(loader())
+        assert len(tickets().tickets) == 2
+        assert len(tickets(trainer=Trainers(max_epochs=-1, max_steps=12)).run(loader())) == 3
+
+    @pytest.mark.parametrize("file", ["tickets.json", "round-01/end.json"])
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ('{"format": 1, "pru', "Unterminated string"),
+            ("[1, 2]", "no names and values"),
+            ("{}", "(format|active) is missing"),
+        ],
+    )
+    def test_files_of_something_else(self, file, content, words):
+        Path("tickets", file).write_text(content)
+        with pytest.raises(ValueError, match=rf"{file}' is not what .*\({words}.*take another folder"):
+            tickets().run(loader())
+
     def test_a_later_format(self, monkeypatch):
         monkeypatch.setattr("lightning_rigl.tickets.folder.FORMAT", 2)
         with pytest.raises(ValueError, match="holds tickets of format=1, and this call has format=2"):
             tickets().run(loader())
+
+
+def test_a_lost_file_of_step_k():
+    """Later rounds would begin with the initialisation otherwise."""
+    tickets(rounds=1, rewind=5).run(loader())
+    Path("tickets", "rewind.ckpt").rename("aside")
+    with pytest.raises(ValueError, match=r"rewind\.ckpt' is missing, and this round begins with it"):
+        tickets(rewind=5).run(loader())
+    Path("aside").rename(Path("tickets", "rewind.ckpt"))
+    assert [t.steps for t in tickets(rewind=5).run(loader())] == [12, 7, 7]
 
 
 def test_a_layer_that_would_be_empty():

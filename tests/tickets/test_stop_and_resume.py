@@ -7,10 +7,13 @@ import time
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_rigl.tickets import recorder
 from tests.callbacks.stateful_loader import StatefulLoader, same
-from tests.tickets.problems import Seeds, Trainers, end, loader, tickets
+from tests.tickets.problems import Net, Seeds, Trainers, end, loader, tickets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*dataloader is not resumable"),
@@ -160,6 +163,77 @@ def test_however_the_length_is_given(when, settings, save_every):
         assert same({**end(ticket), "metrics": None}, {**end(other), "metrics": None})
         assert ticket.metrics.keys() == other.metrics.keys()
     assert [t.steps for t in done] == [settings.get("max_steps", 14)] * 3
+
+
+class ByEpoch(Sampler):
+    """Another order in each epoch, as a distributed sampler draws it."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 32
+
+    def __iter__(self):
+        return iter(torch.randperm(32, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class Validated(Net):
+    """It counts the epochs that it begins, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("begun", torch.zeros(()))
+
+    def on_train_epoch_start(self):
+        self.begun += 1
+
+    def validation_step(self, batch, batch_idx):
+        self.log("validation", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+STOPS = [
+    (4, None, [9]),
+    (4, 4, [10]),
+    (4, 2, [9, 17]),
+    (8, 8, [17]),
+    (6, 4, [11]),
+    ("init", 4, [5, 9, 17]),
+    ("init", None, [5, 9, 13]),
+]
+
+
+@pytest.mark.parametrize(("rewind", "save_every", "stops"), STOPS, ids=str)
+@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize(
+    "length",
+    [{"max_epochs": 5}, {"max_epochs": -1, "max_steps": 20}, {"max_epochs": 5, "max_steps": 20}],
+    ids=str,
+)
+def test_stops_where_an_epoch_ends(rewind, save_every, stops, validation, length):
+    """Step k there, checkpoints there, up to three of them in one round, and the order of each epoch."""
+
+    def run(folder, *callbacks):
+        data = DataLoader(loader().dataset, batch_size=8, sampler=ByEpoch())
+        held_out = loader() if validation else None
+        settings = {"trainer": Trainers(*callbacks, **length), "rounds": 1, "rewind": rewind}
+        return tickets(folder, Validated, save_every=save_every, **settings).run(data, held_out)
+
+    torch.manual_seed(5)
+    straight = run("straight")
+    torch.manual_seed(5)
+    for count, when in enumerate(stops):
+        with pytest.raises(StoppedError):
+            run("tickets", Stop(0 if count else 1, "on_train_batch_end", when))
+    done = run("tickets")
+    begun = 0 if rewind == "init" else rewind
+    assert [t.steps for t in done] == [t.steps for t in straight] == [20, 20 - begun]
+    assert [end(t)["state_dict"]["begun"] for t in done] == [5, 5]
+    if (rewind, save_every) != (6, 4):  # inside an epoch the pass of such a loader starts anew
+        assert same([end(t) for t in straight], [end(t) for t in done])
 
 
 def test_more_rounds_later():
