@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rigl.compute.structure import Structure, compressed, compressed_natively
-from lightning_rigl.kernels import library, product_calls
+from lightning_rigl.kernels import layer_calls, library, product_calls
 from lightning_rigl.kernels.library import Library
 
 
@@ -35,10 +35,30 @@ class Backend(ABC):
         """Y = X W^T + b of shape (batch, outputs), and what the backward pass needs of X (batch, inputs)."""
 
     @abstractmethod
-    def backward(
-        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of X, of shape (batch, inputs), and of the connections; empty where not needed."""
+    def linear_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The same of a dense weight: Y, or None where X is not finite; X for the backward pass; values."""
+
+    @abstractmethod
+    def linear_backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        values: Tensor,
+        s: Structure,
+        needs: tuple[bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of X, None where that of Y is not finite, and of the connections.
+
+        The latter go to their places of the dense matrix ``into`` if there is one, and None is returned.
+        """
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers are finite, and so is their sum."""
+    return bool(x.sum().isfinite())
 
 
 @dataclass(frozen=True)
@@ -67,23 +87,41 @@ class TorchBackend(Backend):
         """See `Backend.forward`."""
         size = (len(starts) - 1, x.shape[1])
         weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
-        y = (weight @ x.t()).t().contiguous()  # as a dense layer gives it
+        y = (
+            (weight @ x.t().contiguous()).t().contiguous()
+        )  # rows of features are faster; y as a dense layer's
         return y if bias is None else y.add_(bias), x
 
-    def backward(
-        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.backward`."""
-        dx = dvalues = grad.new_empty(0)
-        if needs[0]:
+    def linear_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """See `Backend.linear_forward`."""
+        values, turned = self.gather(weight, s), x.t().contiguous()
+        y = self.forward(turned.t(), values, s.starts, s.columns, bias)[0] if is_finite(x) else None
+        return y, turned, values
+
+    def linear_backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        values: Tensor,
+        s: Structure,
+        needs: tuple[bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `Backend.linear_backward`."""
+        dx = dvalues = None
+        grad = grad.t().contiguous().t()
+        if needs[0] and is_finite(grad):
             turned = values.index_select(0, s.permutation)
             dx = self.forward(grad, turned, s.starts_t, s.columns_t, None)[0]
         if needs[1]:
-            size = (s.outputs, s.inputs)
-            zeros = torch.sparse_csr_tensor(
-                s.starts, s.columns, torch.zeros_like(values), size, check_invariants=False
-            )
-            dvalues = torch.sparse.sampled_addmm(zeros, grad.t(), kept, beta=0.0).values()
+            size, zeros = (s.outputs, s.inputs), torch.zeros_like(values)
+            pattern = torch.sparse_csr_tensor(s.starts, s.columns, zeros, size, check_invariants=False)
+            dvalues = torch.sparse.sampled_addmm(pattern, grad.t(), kept.t(), beta=0.0).values()
+            if into is not None:
+                self.scatter(dvalues, s, into)
+                dvalues = None
         return dx, dvalues
 
 
@@ -116,19 +154,23 @@ class NativeBackend(Backend):
         panels = product_calls.pack(self.library, x)
         return product_calls.spmm(self.library, panels, len(x), starts, columns, values, bias), panels
 
-    def backward(
-        self, grad: Tensor, kept: Tensor, values: Tensor, s: Structure, needs: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.backward`."""
-        panels = product_calls.pack(self.library, grad)
-        dx = dvalues = grad.new_empty(0)
-        if needs[0]:
-            turned = product_calls.permute(self.library, values, s.permutation)
-            dx = product_calls.spmm(self.library, panels, len(grad), s.starts_t, s.columns_t, turned, None)
-        if needs[1]:
-            kept = product_calls.pack(self.library, kept) if kept.dim() == 2 else kept  # X as it was
-            dvalues = product_calls.sddmm(self.library, panels, kept, len(grad), s.starts, s.columns)
-        return dx, dvalues
+    def linear_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """See `Backend.linear_forward`."""
+        return layer_calls.forward(self.library, x, weight, bias, s.starts, s.columns)
+
+    def linear_backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        values: Tensor,
+        s: Structure,
+        needs: tuple[bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `Backend.linear_backward`."""
+        return layer_calls.backward(self.library, grad, kept, values, s.tensors, needs, into)
 
 
 def native() -> NativeBackend | None:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_rigl.compute.operators import backend_of, spmm_backward, spmm_forward
+from lightning_rigl.compute.operators import backend_of, linear_backward, linear_forward
 from lightning_rigl.compute.structure import Structure
-
-Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("lightning_rigl::sparse_linear", mutates_args=())
@@ -31,9 +29,8 @@ def sparse_linear(
     backend: str,
 ) -> Tensor:
     """The product y = x W^T + b, of x (batch, inputs) and a weight that is zero elsewhere than there."""
-    structure = Structure(starts, columns, starts_t, columns_t, permutation)
-    values = backend_of(backend).gather(weight, structure)
-    return spmm_forward(x, values, starts, columns, bias, backend)[0].contiguous()
+    indices = [starts, columns, starts_t, columns_t, permutation]
+    return linear_forward(x, weight, bias, indices, backend)[0]
 
 
 @sparse_linear.register_fake
@@ -55,18 +52,12 @@ def sparse_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight; the latter zero where inactive, unless ``dense_gradient``."""
-    structure = Structure(starts, columns, starts_t, columns_t, permutation)
-    kernels = backend_of(backend)
-    dx, dvalues = spmm_backward(
-        *(grad, x, kernels.gather(weight, structure)),
-        *(starts, columns, starts_t, columns_t, permutation),
-        *(True, not dense_gradient, backend),
-    )
-    if dense_gradient:
-        return dx.contiguous(), grad.t() @ x
-    dweight = torch.zeros_like(weight)
-    kernels.scatter(dvalues, structure, dweight)
-    return dx.contiguous(), dweight
+    indices = [starts, columns, starts_t, columns_t, permutation]
+    _, kept, values = backend_of(backend).linear_forward(x, weight, None, Structure(*indices))
+    dweight = grad.t() @ x if dense_gradient else torch.zeros_like(weight)
+    into = None if dense_gradient else dweight
+    dx, _ = linear_backward(grad, kept, values, indices, True, not dense_gradient, into, backend)
+    return dx, dweight
 
 
 @sparse_linear_backward.register_fake

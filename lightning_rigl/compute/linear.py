@@ -56,6 +56,7 @@ class SparseProduct:
             weight is self.parameter
             and x.dtype == torch.float32
             and x.device.type == "cpu"
+            and x.shape[-1:] == weight.shape[1:]
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
         )
@@ -70,40 +71,36 @@ class SparseProduct:
         y: Tensor = _Linear.apply(flat, self.parameter, bias, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def values(self) -> Tensor:
-        """The weights of the connections as they are now: no counter tells of changes through ``.data``."""
-        return self.kernels.gather(self.parameter.detach(), self.structure)
+    def buffer(self) -> Tensor:
+        """Memory for a gradient that nobody else holds, zero where inactive; `wrote` knows it."""
+        for place, (known, version) in enumerate(self._buffers):
+            if _holders(known) == 1:
+                if known._version != version:
+                    known.zero_()
+                    self._buffers[place] = known, known._version
+                return known
+        new = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
+        if len(self._buffers) < _BUFFERS:
+            self._buffers.append((new, new._version))
+        return new
 
-    def gradient(self, values: Tensor) -> Tensor:
-        """A gradient of the parameter's shape: these values where active, zero elsewhere."""
-        self.partial = True
-        if self.active_gradient:
-            s = self.structure
-            return torch.sparse_coo_tensor(
-                s.indices, values, (s.outputs, s.inputs), is_coalesced=True, check_invariants=False
-            )
-        buffer = self._spare()
-        self.kernels.scatter(values, self.structure, buffer)
+    def written(self, buffer: Tensor) -> Tensor:
+        """The gradient in a buffer: an alias, which autograd keeps without a copy."""
         self._buffers = [(b, b._version if b is buffer else version) for b, version in self._buffers]
-        return buffer.view_as(buffer)  # an alias that autograd may keep without a copy
+        return buffer.view_as(buffer)
+
+    def sparse(self, values: Tensor) -> Tensor:
+        """A gradient as a sparse tensor of the active connections."""
+        s = self.structure
+        size = (s.outputs, s.inputs)
+        return torch.sparse_coo_tensor(s.indices, values, size, is_coalesced=True, check_invariants=False)
 
     def wrote(self, grad: Tensor) -> bool:
-        """Whether a gradient is what `gradient` gave, unchanged: zero where inactive."""
+        """Whether a gradient is what a backward pass gave, unchanged: zero where inactive."""
         return grad.is_sparse or any(
             grad.data_ptr() == buffer.data_ptr() and buffer._version == version
             for buffer, version in self._buffers
         )
-
-    def _spare(self) -> Tensor:
-        """Memory for a gradient that nobody else holds, zero where inactive."""
-        for buffer, version in self._buffers:
-            if _holders(buffer) == 1:
-                clean: Tensor = buffer if buffer._version == version else buffer.zero_()
-                return clean
-        buffer = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
-        if len(self._buffers) < _BUFFERS:
-            self._buffers.append((buffer, -1))
-        return buffer
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of a layer computes densely
@@ -120,9 +117,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: SparseProduct) -> Tensor:
-        s, values = product.structure, product.values()
+        s: Structure = product.structure
         y: Tensor
-        y, kept = torch.ops.lightning_rigl.spmm_forward(x, values, s.starts, s.columns, bias, product.backend)
+        y, kept, values = torch.ops.lightning_rigl.linear_forward(x, weight, bias, s.tensors, product.backend)
         ctx.save_for_backward(x, weight, values, kept)
         ctx.product, ctx.structure = product, s
         return y
@@ -133,23 +130,19 @@ class _Linear(torch.autograd.Function):
         product, s = ctx.product, ctx.structure
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dbias = grad.sum(0) if of_bias else None
-        if (
-            torch.is_grad_enabled() or s is not product.structure
-        ):  # a graph of the gradient; a mask that is gone
+        if torch.is_grad_enabled() or s is not product.structure:  # a graph of it; a mask that is gone
             return grad @ weight if of_x else None, grad.t() @ x if of_weight else None, dbias, None
         dense = of_weight and product.dense_gradient
-        dx, dvalues = torch.ops.lightning_rigl.spmm_backward(
-            grad,
-            kept if kept.numel() else x,
-            values,
-            *(s.starts, s.columns, s.starts_t, s.columns_t, s.permutation),
-            of_x,
-            of_weight and not dense,
-            product.backend,
+        active, into = of_weight and not dense, None
+        if active:
+            product.partial = True
+            into = None if product.active_gradient else product.buffer()
+        dx, dvalues = torch.ops.lightning_rigl.linear_backward(
+            grad, kept, values, s.tensors, of_x, active, into, product.backend
         )
-        dweight = None
-        if of_weight:
-            dweight = grad.t() @ x if dense else product.gradient(dvalues)
+        dweight = grad.t() @ x if dense else None
+        if active:
+            dweight = product.sparse(dvalues) if into is None else product.written(into)
         return dx if of_x else None, dweight, dbias, None
 
 

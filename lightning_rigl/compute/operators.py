@@ -1,7 +1,8 @@
 """Operators of torch, so that compilers, exporters and FLOP counters see sparse products.
 
-``lightning_rigl::spmm`` is the product of inference; ``spmm_forward`` and ``spmm_backward`` are those of a
-training step. They know shapes on meta tensors, and count 2 FLOPs for each connection and sample.
+``lightning_rigl::spmm`` is the product of inference; ``linear_forward`` and ``linear_backward`` are the
+passes of a layer whose weight is a dense parameter. They know shapes on meta tensors, and count 2 FLOPs for
+each connection and sample.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_rigl.compute.backends import Backend, TorchBackend, native
+from lightning_rigl.compute.backends import Backend, TorchBackend, is_finite, native
 from lightning_rigl.compute.structure import Structure
 
-_MATRIX = "Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, str backend"
 _LIBRARY: Any = torch.library.Library("lightning_rigl", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"spmm({_MATRIX}) -> Tensor")
-_LIBRARY.define(f"spmm_forward({_MATRIX}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "spmm_backward(Tensor grad, Tensor kept, Tensor values, Tensor starts, Tensor columns, Tensor starts_t, "
-    "Tensor columns_t, Tensor permutation, bool of_input, bool of_weight, str backend) -> (Tensor, Tensor)"
+    "spmm(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, str backend) -> Tensor"
+)
+_LIBRARY.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] indices, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "linear_backward(Tensor grad, Tensor kept, Tensor values, Tensor[] indices, bool of_x, "
+    "bool of_weight, Tensor(a!)? into, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -49,45 +55,41 @@ def spmm(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, backend: str
 ) -> Tensor:
     """X W^T + b of shape (batch, outputs), of X (batch, inputs) and compressed rows of W."""
-    return spmm_forward(x, values, starts, columns, bias, backend)[0]
+    if not is_finite(x):  # a dense product makes nan of the zeros, too
+        return linear(x, _dense(values, starts, columns, x.shape[1]), bias)
+    return backend_of(backend).forward(x, values, starts, columns, bias)[0]
 
 
-def spmm_forward(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The product, and what the backward pass needs of X; empty if that is X itself."""
-    if not _finite(x):  # a dense product makes nan of the zeros, too
-        return torch.nn.functional.linear(x, _dense(values, starts, columns, x.shape[1]), bias), x.new_empty(
-            0
-        )
-    y, kept = backend_of(backend).forward(x, values, starts, columns, bias)
-    return y, x.new_empty(0) if kept is x else kept
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a dense W: X W^T + b; X as the backward pass wants it, and the values of W."""
+    y, kept, values = backend_of(backend).linear_forward(x, weight, bias, _structure(tuple(indices)))
+    if y is None:
+        y = linear(x, weight, bias)
+    return y, kept, values
 
 
-def spmm_backward(
+def linear_backward(
     grad: Tensor,
     kept: Tensor,
     values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    starts_t: Tensor,
-    columns_t: Tensor,
-    permutation: Tensor,
-    of_input: bool,
+    indices: list[Tensor],
+    of_x: bool,
     of_weight: bool,
+    into: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of X, of shape (batch, inputs), and of the connections; empty where not asked for."""
-    structure = Structure(starts, columns, starts_t, columns_t, permutation)
-    finite = _finite(grad)
-    found = backend_of(backend).backward(grad, kept, values, structure, (of_input and finite, of_weight))
-    if of_input and not finite:
-        return grad @ _dense(values, starts, columns, structure.inputs), found[1]
-    return found
+    """Gradients of X (batch, inputs), and of the connections; empty where not asked for or written into."""
+    s, empty = _structure(tuple(indices)), grad.new_empty(0)
+    dx, dvalues = backend_of(backend).linear_backward(grad, kept, values, s, (of_x, of_weight), into)
+    if of_x and dx is None:
+        dx = grad @ _dense(values, s.starts, s.columns, s.inputs)
+    return empty if dx is None else dx, empty if dvalues is None else dvalues
 
 
-def _finite(x: Tensor) -> bool:
-    return bool(x.sum().isfinite())
+def _structure(indices: tuple[Tensor, ...]) -> Structure:
+    return Structure(*indices)
 
 
 def _dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:
@@ -96,51 +98,63 @@ def _dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tens
     return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False).to_dense()
 
 
-_LIBRARY.impl("spmm", spmm, "CPU")
-_LIBRARY.impl("spmm_forward", spmm_forward, "CPU")
-_LIBRARY.impl("spmm_backward", spmm_backward, "CPU")
-
-
 def _spmm_shape(x: Tensor, values: Tensor, starts: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], starts.shape[0] - 1)
 
 
-def _spmm_forward_shapes(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    panels = x.new_empty(0) if backend == "torch" else x.new_empty(-(-x.shape[0] // 32), x.shape[1], 32)
-    return x.new_empty(x.shape[0], starts.shape[0] - 1), panels
+def _forward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    turned = backend == "torch"
+    kept = x.new_empty(x.shape[::-1]) if turned else x.new_empty(-(-x.shape[0] // 32), x.shape[1], 32)
+    return x.new_empty(x.shape[0], weight.shape[0]), kept, weight.new_empty(indices[1].shape)
 
 
-def _spmm_backward_shapes(
+def _backward_shapes(
     grad: Tensor,
     kept: Tensor,
     values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    starts_t: Tensor,
-    columns_t: Tensor,
-    permutation: Tensor,
-    of_input: bool,
+    indices: list[Tensor],
+    of_x: bool,
     of_weight: bool,
+    into: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    empty = grad.new_empty(0)
-    dx = grad.new_empty(grad.shape[0], starts_t.shape[0] - 1) if of_input else empty
-    return dx, torch.empty_like(values) if of_weight else empty.clone()
+    compact = of_weight and into is None
+    inputs = indices[2].shape[0] - 1
+    dx = grad.new_empty(grad.shape[0], inputs) if of_x else grad.new_empty(0)
+    return dx, values.new_empty(len(values) if compact else 0)
 
 
-torch.library.register_fake("lightning_rigl::spmm", _spmm_shape, lib=_LIBRARY)
-torch.library.register_fake("lightning_rigl::spmm_forward", _spmm_forward_shapes, lib=_LIBRARY)
-torch.library.register_fake("lightning_rigl::spmm_backward", _spmm_backward_shapes, lib=_LIBRARY)
+for _name, _run, _shape in (
+    ("spmm", spmm, _spmm_shape),
+    ("linear_forward", linear_forward, _forward_shapes),
+    ("linear_backward", linear_backward, _backward_shapes),
+):
+    _LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"lightning_rigl::{_name}", _shape, lib=_LIBRARY)
 
 
-@register_flop_formula([torch.ops.lightning_rigl.spmm, torch.ops.lightning_rigl.spmm_forward])
+@register_flop_formula(torch.ops.lightning_rigl.spmm)
 def _spmm_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
     return 2 * int(x[0]) * int(values[0])
 
 
-@register_flop_formula(torch.ops.lightning_rigl.spmm_backward)
-def _spmm_backward_flops(grad: Any, kept: Any, values: Any, *rest: Any, **named: Any) -> int:
-    of_input, of_weight = rest[-3:-1] if len(rest) == 8 else rest[5:7]
-    return 2 * int(grad[0]) * int(values[0]) * (int(of_input) + int(of_weight))
+@register_flop_formula(torch.ops.lightning_rigl.linear_forward)
+def _forward_flops(x: Any, weight: Any, bias: Any, indices: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(x[0]) * int(indices[1][0])
+
+
+@register_flop_formula(torch.ops.lightning_rigl.linear_backward)
+def _backward_flops(
+    grad: Any,
+    x: Any,
+    kept: Any,
+    values: Any,
+    indices: Any,
+    of_x: bool,
+    of_weight: bool,
+    *rest: Any,
+    **named: Any,
+) -> int:
+    return 2 * int(grad[0]) * int(values[0]) * (int(of_x) + int(of_weight))

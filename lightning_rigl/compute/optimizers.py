@@ -105,7 +105,7 @@ class ActiveStep(Optimizer):
         for key in keys:
             value = state.get(key)
             if value is None:
-                value = torch.zeros(product.structure.count)
+                value = parameter.new_zeros(product.structure.count)
             elif value.shape == parameter.shape:
                 value = product.kernels.gather(value, product.structure)
             elif len(value) != product.structure.count:
@@ -247,7 +247,7 @@ class ActiveAdamW(ActiveStep, torch.optim.AdamW):
         self, parameter: nn.Parameter, grad: Tensor, product: SparseProduct, group: Mapping[str, Any]
     ) -> None:
         state = self.state[parameter]
-        state.setdefault("step", torch.tensor(0.0))
+        state.setdefault("step", torch.tensor(0.0, device="cpu"))
         exp_avg, exp_avg_sq = self._compact(parameter, product, ("exp_avg", "exp_avg_sq"))
         state["step"] += 1
         step_calls.adam(

@@ -33,6 +33,11 @@ class Structure:
     permutation: Tensor
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [self.starts, self.columns, self.starts_t, self.columns_t, self.permutation]
+
+    @property
     def outputs(self) -> int:
         """Number of rows."""
         return len(self.starts) - 1
@@ -60,7 +65,7 @@ class Structure:
     @cached_property
     def places(self) -> Tensor:
         """Flat indices of the connections in the dense matrix, int64."""
-        rows = torch.repeat_interleave(torch.arange(self.outputs), self.starts.diff())
+        rows = torch.arange(self.outputs, device=self.starts.device).repeat_interleave(self.starts.diff())
         return rows * self.inputs + self.columns.to(torch.int64)
 
 
@@ -88,6 +93,6 @@ def compressed_natively(mask: Tensor, library: Library) -> Structure:
 
 
 def _rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    starts = torch.zeros(len(mask) + 1, dtype=torch.int32)
+    starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
     starts[1:] = mask.sum(1).cumsum(0)
     return starts, mask.nonzero()[:, 1].to(torch.int32)

@@ -38,7 +38,7 @@ def top(library: Library, scores: Tensor, count: int, among: Tensor) -> Tensor:
         MemoryError: there is none for the working space (at most 3 bytes a score).
     """
     flat, among = _ranked("scores", scores), _mask("among", among, scores)
-    chosen = torch.empty(scores.shape, dtype=torch.bool)
+    chosen = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     available = library(
         "lr_top", "n:ppnniipi", flat.data_ptr(), among.data_ptr(), flat.numel(), count, 0, 0,
         chosen.data_ptr(), threads(),
@@ -85,7 +85,7 @@ def drop_grow(
     if grad.shape != weight.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}, and weight {tuple(weight.shape)}")
     if into is None:
-        kept, mask = (torch.empty(weight.shape, dtype=torch.bool) for _ in range(2))
+        kept, mask = (torch.empty(weight.shape, dtype=torch.bool, device="cpu") for _ in range(2))
     else:
         kept, mask = into
         _apart(active, *into)
@@ -119,11 +119,11 @@ def csr(library: Library, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("mask has no dimension; its first one is that of the outputs")
     rows = len(mask)
     inputs = mask[0].numel() if rows else 0
-    starts = torch.empty(rows + 1, dtype=torch.int32)
+    starts = torch.empty(rows + 1, dtype=torch.int32, device="cpu")
     number = library("lr_starts", "n:pnnpi", mask.data_ptr(), rows, inputs, starts.data_ptr(), threads())
     if number < 0:
         raise ValueError(f"a mask of shape {tuple(mask.shape)} has more than {2**31 - 1} connections")
-    columns = torch.empty(number, dtype=_index_type(inputs))
+    columns = torch.empty(number, dtype=_index_type(inputs), device="cpu")
     library(
         "lr_columns", "pnnppii", mask.data_ptr(), rows, inputs, starts.data_ptr(), columns.data_ptr(),
         wide((starts, columns)), threads(),
@@ -151,9 +151,9 @@ def transpose(
         MemoryError: there is none for the working space (4 bytes an input and thread).
     """
     is_wide, rows = wide((starts, columns)), len(starts) - 1
-    starts_t = torch.empty(inputs + 1, dtype=torch.int32)
-    columns_t = torch.empty(len(columns), dtype=_index_type(rows))
-    permutation = torch.empty(len(columns), dtype=torch.int32)
+    starts_t = torch.empty(inputs + 1, dtype=torch.int32, device="cpu")
+    columns_t = torch.empty(len(columns), dtype=_index_type(rows), device="cpu")
+    permutation = torch.empty(len(columns), dtype=torch.int32, device="cpu")
     failed = library(
         "lr_transpose", "i:ppinnppipi", starts.data_ptr(), columns.data_ptr(), is_wide, rows, inputs,
         starts_t.data_ptr(), columns_t.data_ptr(), wide((starts_t, columns_t)), permutation.data_ptr(),
@@ -194,7 +194,7 @@ def carry(
             "the same layer"
         )
     is_wide = wide(old)
-    carried = torch.empty(len(new[1]), dtype=torch.float32)
+    carried = torch.empty(len(new[1]), dtype=torch.float32, device="cpu")
     values = values.contiguous()
     failed = library(
         "lr_carry", "i:pppppinnpi", old[0].data_ptr(), old[1].data_ptr(), values.data_ptr(),
@@ -209,7 +209,7 @@ def carry(
 def pack_bits(library: Library, mask: Tensor) -> Tensor:
     """A bool mask of the CPU as `lightning_rigl.topology.bits.pack` has it, eight connections a byte."""
     mask = _mask("mask", mask, mask)
-    bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
+    bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8, device="cpu")
     library("lr_pack_bits", "pnpi", mask.data_ptr(), mask.numel(), bits.data_ptr(), threads())
     return bits
 

@@ -14,42 +14,43 @@ inline Vector fold(Vector a, Vector b, std::integer_sequence<int, Lane...>) {
            pick<(Lane & Step ? kWidth + (Lane ^ Step) : Lane ^ Step)...>(a, b);
 }
 
-// Lane k of the result: the product of `gradient` with the column `columns[k]`, over N panels.
-template <int N, int Step, typename Index>
-inline Vector sampled(const Vector (&gradient)[N * kVectors], const float* x, int64_t panel,
+// Lane k of the result: the product of `gradient` with the column `columns[k]`, over the first R registers of
+// neighbouring panels.
+template <int R, int Step, typename Index>
+inline Vector sampled(const Vector (&gradient)[R], const float* x, int64_t panel,
                       const Index* columns) {
     if constexpr (Step == kWidth) {
         const float* column = x + static_cast<int64_t>(*columns) * P;
         Vector sum = gradient[0] * load(column);
 #pragma GCC unroll 16
-        for (int v = 1; v < N * kVectors; ++v)
+        for (int v = 1; v < R; ++v)
             sum += gradient[v] * load(column + v / kVectors * panel + v % kVectors * kWidth);
         return sum;
     } else {
-        return fold<Step>(sampled<N, Step * 2>(gradient, x, panel, columns),
-                          sampled<N, Step * 2>(gradient, x, panel, columns + Step), Lanes{});
+        return fold<Step>(sampled<R, Step * 2>(gradient, x, panel, columns),
+                          sampled<R, Step * 2>(gradient, x, panel, columns + Step), Lanes{});
     }
 }
 
-// The sums of row `row` over N panels, of `outputs` and `inputs` features: set where `fresh`, else added to.
-template <int N, typename Index>
+// The sums of row `row` over R registers of panels with `inputs` features: set where `fresh`, else added to.
+template <int R, typename Index>
 inline void add_panels(const Matrix<Index>& matrix, int64_t row, const float* gradient, const float* x,
                        int64_t inputs, bool fresh, float* compact) {
-    Vector held[N * kVectors];
-    for (int v = 0; v < N * kVectors; ++v)
+    Vector held[R];
+    for (int v = 0; v < R; ++v)
         held[v] = load(gradient + (v / kVectors * matrix.outputs + row) * P + v % kVectors * kWidth);
     const int64_t count = matrix.starts[row + 1] - matrix.starts[row], whole = count - count % kWidth;
     const Index* columns = matrix.columns + matrix.starts[row];
     float* sums = compact + matrix.starts[row];
     for (int64_t k = 0; k < whole; k += kWidth) {
-        const Vector some = sampled<N, 1>(held, x, inputs * P, columns + k);
+        const Vector some = sampled<R, 1>(held, x, inputs * P, columns + k);
         store(sums + k, fresh ? some : load(sums + k) + some);
     }
     if (whole == count) return;
     Index last[kWidth];  // the rest of the row, filled up with a column that is at hand
     for (int64_t i = 0; i < kWidth; ++i) last[i] = columns[least(whole + i, count - 1)];
     float some[kWidth];
-    store(some, sampled<N, 1>(held, x, inputs * P, last));
+    store(some, sampled<R, 1>(held, x, inputs * P, last));
     for (int64_t k = whole; k < count; ++k) sums[k] = fresh ? some[k - whole] : sums[k] + some[k - whole];
 }
 
@@ -85,12 +86,14 @@ LR_EXPORT void lr_sddmm(const float* gradient_panels, const float* x_panels, int
                 std::memset(compact + starts[first], 0, sizeof(float) * (starts[last] - starts[first]));
             for (int64_t p = 0; p < panels;) {  // all rows before the next panels: these stay in the cache
                 const float *gradient = gradient_panels + p * outputs * P, *x = x_panels + p * inputs * P;
-                const bool two = pairs && p + 2 <= panels;
+                const bool two = pairs && p + 2 <= panels, narrow = batch - p * P <= kWidth;
                 for (int64_t row = first; row < last; ++row)
                     if (two)
-                        add_panels<2>(matrix, row, gradient, x, inputs, p == 0, compact);
-                    else
+                        add_panels<2 * kVectors>(matrix, row, gradient, x, inputs, p == 0, compact);
+                    else if (narrow)
                         add_panels<1>(matrix, row, gradient, x, inputs, p == 0, compact);
+                    else
+                        add_panels<kVectors>(matrix, row, gradient, x, inputs, p == 0, compact);
                 p += two ? 2 : 1;
             }
             for (int64_t row = first; dense && row < last; ++row)
