@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch.optim import Optimizer
 
-from lightning_rigl.topology.schedules import Timetable, UpdateSchedule
+from lightning_rigl.model.sparsifier import Sparsifier
+from lightning_rigl.topology.schedules import UpdateSchedule
 
 
 class Clock:
@@ -158,9 +159,10 @@ def training_length(trainer: Trainer, epochs: int | None) -> int | None:
 
 
 def shortfall(
-    trainer: Trainer, timetable: Timetable | None, length: int | None, resumed: bool = False
+    trainer: Trainer, sparsifier: Sparsifier, length: int | None, resumed: bool = False
 ) -> str | None:
     """What to say of a training that is too short for its updates; None if there is nothing to say."""
+    timetable = sparsifier.timetable
     trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
     if timetable is None or length is None or trial or not trainer.lightning_module.automatic_optimization:
         return None
@@ -173,6 +175,12 @@ def shortfall(
         return (
             f"no topology update will take place: the last is due before step {timetable.end}, and this "
             f"training goes on from step {trainer.global_step} of a dense one; raise end, or start at step 0"
+        )
+    if sparsifier.method.prunes_along and not resumed and timetable.begin + timetable.every >= timetable.end:
+        return (
+            f"{type(sparsifier.method).__name__} prunes from dense to its target at once, at step "
+            f"{timetable.begin}: its only update every {timetable.every} steps before step {timetable.end}; "
+            "lower every"
         )
     if length < timetable.end:
         return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,8 +28,9 @@ from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.first_look import first_look
 from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
+from lightning_rigl.compute import mode
 from lightning_rigl.methods.base import Method
-from lightning_rigl.model import initial_masks
+from lightning_rigl.model import initial_masks, sparse_init
 from lightning_rigl.model.grown import refuse_growth
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
@@ -68,9 +69,13 @@ class RigLCallback(Callback):
             is never used.
         growth: what new connections are worth; None is zero, with fresh optimizer state.
         growth_data: batches as for ``training_step``, whose gradient the updates read in place of that
-            of the step; for methods that read it at updates. Their own cost is not counted.
+            of the step; for methods that read it at updates. Each takes the next batch, over and over: a
+            loader or a list, no iterator that ends. Their own cost is not counted.
         rescale: multiply the initial weights so that each ``layer``, or each ``neuron``, sees the variance of
             the dense one; None leaves them. For a model at its initialisation only.
+        compute: how linear layers compute while fitting: dense, as the model does it; native or torch, by
+            products that skip the zeros, on the CPU in float32 (docs/speed.md); auto, by the better of these
+            where a layer gains.
 
     Raises:
         ValueError: bad input, before anything is changed.
@@ -99,7 +104,9 @@ class RigLCallback(Callback):
         growth: Growth | None = None,
         rescale: Literal["layer", "neuron"] | None = None,
         growth_data: Iterable[Any] | None = None,
+        compute: mode.Compute = "dense",
     ) -> None:
+        mode.check(compute)
         if isinstance(seed, bool) or not isinstance(seed, (int, type(None))):
             raise TypeError(f"seed: an int or None, got {seed!r}")
         self.settings: dict[str, Any] = {
@@ -114,8 +121,12 @@ class RigLCallback(Callback):
             "seed": seed,
             "growth": growth,
             "rescale": rescale,
+            "compute": compute,
         }
         initial_masks.check(sparsity, self.settings["distribution"], init)
+        if rescale is not None and rescale not in get_args(sparse_init.How):
+            known = ", ".join(get_args(sparse_init.How))
+            raise ValueError(f"rescale: one of {known}, or None, got {rescale!r}")
         refuse_growth(self.settings["method"], Growth() if growth is None else growth)
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
             raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
@@ -171,6 +182,8 @@ class RigLCallback(Callback):
         """Make the masks, or take those of the checkpoint; from here on the model is sparse."""
         refuse_module(pl_module)
         refuse_optimizers(trainer)
+        if self.sparsifier is not None:
+            self.sparsifier.leave_step(loaded=True)
         state, self._state = self._state, {}
         if self._owner is None or self._owner() is not pl_module:
             state = {}  # it goes with the weights of another model
@@ -218,10 +231,13 @@ class RigLCallback(Callback):
             sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
+        sparsifier.engage(trainer.global_step)
+        for words in sparsifier.compute.words:
+            self._say(words)
         if self._held_out:
-            self._held_out.start(sparsifier.updates)
+            self._held_out.start(sparsifier, self._resumed)
         for message in (
-            shortfall(trainer, sparsifier.timetable, self._clock.length, resumed or sparsifier.updates > 0),
+            shortfall(trainer, sparsifier, self._clock.length, resumed or sparsifier.updates > 0),
             *concerns(trainer),
         ):
             self._say(message)
@@ -235,9 +251,11 @@ class RigLCallback(Callback):
         self._active().before_forward(trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """In manual optimization the gradients of several passes may add up."""
-        if not pl_module.automatic_optimization:
-            for optimizer in trainer.optimizers:
+        """Have a dense gradient where the step needs it; by hand those of passes may add up."""
+        for optimizer in trainer.optimizers:
+            step, time = self._clock.step(trainer, optimizer), self._clock.time(trainer)
+            self._active().expect(optimizer, step, time)
+            if not pl_module.automatic_optimization:
                 self._active().restore_gradients(optimizer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,8 +308,9 @@ class RigLCallback(Callback):
         self._empty_step.over(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was."""
+        """Leave the trainer and the module as they were."""
         self._empty_step.over(trainer)
+        self._leave()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more at what may have gone past the hooks, and log the levels to be monitored."""
@@ -310,6 +329,14 @@ class RigLCallback(Callback):
         if sparsifier.timetable and not sparsifier.updates and not pl_module.automatic_optimization:
             self._say("no topology update took place: no optimizer has made as many steps as the first needs")
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the weights as they are between two steps, also inside one."""
+        for key in ("state_dict", "current_model_state"):  # the latter of Lightning's averages
+            if self.sparsifier is not None and key in checkpoint:
+                self.sparsifier.put_at_rest(checkpoint[key])
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -321,6 +348,12 @@ class RigLCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The fit is over: the weights may change without the masks from here on."""
         self._fitting = False
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.sparsifier is not None:
+            self.sparsifier.leave_step()
+            self.sparsifier.release()
 
     def _refuse_stale(self) -> None:
         if not self._fitting:

@@ -125,6 +125,19 @@ class Method(Part):
     latent: ClassVar[bool] = False
     schedule: ClassVar[UpdateSchedule | None] = UpdateSchedule()
 
+    @property
+    def grows(self) -> bool:
+        """Whether updates make new connections: not of a method that has none, starts dense or is latent.
+
+        One that starts dense and grows nevertheless says ``grows = True``.
+        """
+        return self.schedule is not None and not self.starts_dense and not self.latent
+
+    @property
+    def prunes_along(self) -> bool:
+        """Whether it goes from dense to its target in several updates: those that do it once know when."""
+        return self.starts_dense and self.schedule is not None and not self.schedule.in_steps
+
     @abstractmethod
     def drop_score(self, layer: Connections) -> Tensor:
         """How much each active connection is worth: the lowest are dropped. Shape of the layer's weight."""

@@ -16,8 +16,10 @@ class CigL(RigL):
     """Calibrated RigL: a random mask Z over the active weights, drawn anew for each optimizer step.
 
     A step is W <- W - rate Z dL/dw(Z W): each active connection takes no part in it with probability
-    ``drop``. The topology is RigL's, by |W| and the gradient of that step. Whatever is validated, saved or
-    tested is W, undisturbed; batches that are accumulated share their Z.
+    ``drop``. The topology is RigL's, by |W| and the gradient of that step, Z dL/dw(Z W): a connection that is
+    left out at an update scores 0 for growth, so that it does not grow again if that update drops it (it has
+    taken no part in what the gradient is of). Whatever is validated, saved or tested is W, undisturbed, also
+    after an exception inside a step; batches that are accumulated share their Z.
 
     The other half of the paper is an average of the late weights, which makes it calibrated:
     ``StochasticWeightAveraging`` or ``EMAWeightAveraging`` of Lightning beside `RigLCallback`. The paper
@@ -30,6 +32,7 @@ class CigL(RigL):
 
     Raises:
         ValueError: a probability out of range.
+        TypeError: a value of another type.
 
     Reference:
         Lei et al., *Calibrating the Rigged Lottery: Making All Tickets Reliable*, ICLR 2023,
@@ -47,6 +50,10 @@ class CigL(RigL):
     scaled: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)):
+            raise TypeError(f"cigl, drop: a number, got {self.drop!r}")
+        if not isinstance(self.scaled, bool):
+            raise TypeError(f"cigl, scaled: True or False, got {self.scaled!r}")
         if not 0 <= self.drop < 1:
             raise ValueError(f"cigl, drop: a probability in [0, 1), got {self.drop!r}")
 

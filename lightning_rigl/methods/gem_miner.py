@@ -29,6 +29,7 @@ class GemMiner(Method):
     the share 1 - d^(a - b) with the target density d and the progress a of this and b of the last update. At
     progress a at most the share d^a of all flags is left; at the last update exactly the target counts' sum.
     The first update (progress 0) clears none: with ``begin=0``, the default, K + 1 updates are K freezes.
+    If it is the only one it is the last, and clears all at once: 100 steps or fewer need a smaller ``every``.
 
     Then train the ticket from its initial weights, in a second fit with a new callback:
     ``RigLCallback(method="static", init="nonzero")``.
@@ -46,6 +47,7 @@ class GemMiner(Method):
 
     Raises:
         ValueError: a penalty below 0, or an unknown norm.
+        TypeError: a value of another type.
 
     Reference:
         Sreenivasan et al., *Rare Gems: Finding Lottery Tickets at Initialization*, NeurIPS 2022,
@@ -70,7 +72,12 @@ class GemMiner(Method):
     schedule = UpdateSchedule(every=100, begin=0, end=1.0, policy="after_step")
 
     def __post_init__(self) -> None:
-        if not self.penalty >= 0:
+        if isinstance(self.penalty, bool) or not isinstance(self.penalty, (int, float)):
+            raise TypeError(f"gemminer, penalty: a number, got {self.penalty!r}")
+        for name, value in (("revive", self.revive), ("inverted", self.inverted)):
+            if not isinstance(value, bool):
+                raise TypeError(f"gemminer, {name}: True or False, got {value!r}")
+        if not 0 <= self.penalty < math.inf:
             raise ValueError(f"gemminer, penalty: a number of at least 0, got {self.penalty!r}")
         if self.norm not in ("l2", "l1"):
             raise ValueError(f"gemminer, norm: unknown name {self.norm!r}; the known ones are l2, l1")

@@ -99,9 +99,17 @@ def _flow(probe: Probe, ones: Tensor, weights: Sequence[nn.Parameter], first: bo
     """|w| dR/d|w| of all layers, one after the other.
 
     Raises:
-        ValueError: R is not finite, or does not depend on the weights as a sum of products would.
+        ValueError: ``forward`` does not take the input, R is not finite, or does not depend on the weights
+            as a sum of products would.
     """
-    output = probe.forward(ones)
+    try:
+        output = probe.forward(ones)
+    except Exception as error:
+        raise ValueError(
+            f"SynFlow feeds forward one float64 tensor of ones of shape {tuple(ones.shape)}, like one sample "
+            f"of the first batch, and forward fails: {type(error).__name__}: {error}; give the model a "
+            "forward of one tensor, or take snip or grasp, which score by the training step"
+        ) from error
     if not isinstance(output, Tensor):
         raise ValueError(f"SynFlow sums up the output, a tensor; forward gives {type(output).__name__}")
     total = output.sum()

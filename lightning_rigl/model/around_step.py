@@ -36,6 +36,7 @@ class AroundStep:
         self._method, self.seed, self._update, self._count = method, seed, update, count
         self._after: Callable[[], None] | None = None  # what follows the optimizer's step
         self._hook: Any = None  # that calls it
+        self._inside: Sequence[SparseLayer] = ()  # whose step is prepared, and what follows it not done
         self._disturbed: dict[SparseLayer, tuple[Tensor, Any]] = {}  # the weight at rest, and a hook
 
     @staticmethod
@@ -59,6 +60,7 @@ class AroundStep:
             for layer in own:
                 if layer.kept is None:  # else it is that of a held-out batch
                     layer.keep_gradient()
+        self._inside = own
         if self._method.latent:
             latent.pull(own, self._method, moment.step, seed)
         self._after = partial(self._follow, optimizer, own, moment)
@@ -87,6 +89,41 @@ class AroundStep:
             self._update(optimizer, moment)
         for layer in own:
             layer.kept = None
+        self._inside = ()
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Undo what was done to the weights for a step that is not completed."""
+        self.rest()
+        if self._method.latent:
+            latent.restore(self._inside, self._method, self.seed)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was prepared for a step, and leave the weights as they are: others have been loaded."""
+        for _, hook in self._disturbed.values():
+            if hook is not None:
+                hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        for layer in self._inside:
+            layer.kept = None
+        self._disturbed, self._inside, self._after, self._hook = {}, (), None, None
+
+    def put_at_rest(self, state: dict[str, Any]) -> None:
+        """Replace what a step has done to the weights in a state dict, and leave the weights as they are.
+
+        Args:
+            state: name -> tensor; of the weights those that share their memory are replaced, also by the name
+                of a tied one.
+        """
+        rest = {layer: weight for layer, (weight, _) in self._disturbed.items()}
+        if self._method.latent:
+            rest |= latent.weights(self._inside, self._method, self.seed)
+        places = {(layer.parameter.data_ptr(), weight.shape): weight for layer, weight in rest.items()}
+        for name, value in state.items() if places else ():
+            if isinstance(value, Tensor):
+                state[name] = places.get((value.data_ptr(), value.shape), value)
 
     @torch.no_grad()
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
@@ -104,7 +141,8 @@ class AroundStep:
     def rest(self, own: Sequence[SparseLayer] | None = None) -> None:
         """Put the weights back."""
         for layer in list(self._disturbed) if own is None else [x for x in own if x in self._disturbed]:
-            weight, hook = self._disturbed.pop(layer)
+            weight, hook = self._disturbed[layer]
             layer.parameter.copy_(weight)
             if hook is not None:
                 hook.remove()
+            del self._disturbed[layer]  # after all is done: an interrupt may come between

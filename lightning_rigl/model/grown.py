@@ -18,7 +18,20 @@ AVERAGES = ("momentum_buffer", "exp_avg")  # moving averages of gradients, by to
 
 
 def refuse_growth(method: Method, growth: Growth) -> None:
-    """Raise ValueError for new connections that are to begin by a gradient that the method never reads."""
+    """Refuse what cannot be, or would have no effect.
+
+    Raises:
+        TypeError: ``growth`` is no `Growth`.
+        ValueError: new connections of a method that makes none, or that are to begin by a gradient that the
+            method never reads.
+    """
+    if not isinstance(growth, Growth):
+        raise TypeError(f"growth: expected a Growth, such as Growth('normal'), or None, got {growth!r}")
+    if growth != Growth() and not method.grows:
+        raise ValueError(
+            f"growth={growth} says what new connections are worth, and {type(method).__name__} never makes "
+            "one: leave it out, or take a method that grows, such as rigl or set"
+        )
     if growth.reads_gradient and method.gradient == "never":
         raise ValueError(
             f"growth={growth} reads the dense gradient, which {type(method).__name__} never does: take "
@@ -60,6 +73,8 @@ def grown(layer: SparseLayer, before: Connections, kept: Tensor, mask: Tensor, g
         growth: what they are worth.
     """
     where = mask & ~(kept if growth.regrown else before.mask)
-    values = growth.new_values(before.weight, layer.notes.get(INITIAL), before.grad, before.generator)
+    values = growth.new_values(
+        before.weight, before.mask, layer.notes.get(INITIAL), before.grad, before.generator
+    )
     average = None if before.grad is None or not growth.momentum else growth.momentum * before.grad
     return Grown(layer, where, values, average)

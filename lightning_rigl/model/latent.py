@@ -48,16 +48,22 @@ def project(layers: Sequence[SparseLayer], method: Method, moment: Moment, seed:
 @torch.no_grad()
 def restore(layers: Sequence[SparseLayer], method: Method, seed: int) -> None:
     """Take the weights that follow from the variables, under the masks that the layers have."""
-    for layer, _, weight in _following(layers, method, Moment(0, due=False), seed):
+    for layer, weight in weights(layers, method, seed).items():
         layer.parameter.copy_(weight)
-        layer.mask_weight()
+
+
+@torch.no_grad()
+def weights(layers: Sequence[SparseLayer], method: Method, seed: int) -> dict[SparseLayer, Tensor]:
+    """The weights that follow from the variables, under the masks that the layers have; copies."""
+    following = _following(layers, method, Moment(0, due=False), seed)
+    return {layer: layer.masked(weight.to(layer.parameter.dtype)) for layer, _, weight in following}
 
 
 def _following(
     layers: Sequence[SparseLayer], method: Method, moment: Moment, seed: int
 ) -> Iterator[tuple[SparseLayer, Tensor, Tensor]]:
     groups = [list(layers)] if method.scope == "model" else [[layer] for layer in layers]
-    for group in groups:
+    for group in groups if layers else ():
         seen = [layer.connections(seed, moment.step, with_gradient=False) for layer in group]
         variables = [layer.notes[VARIABLE] for layer in group]
         for layer, (mask, weight) in zip(group, method.project(seen, variables, moment), strict=True):

@@ -418,7 +418,7 @@ class Sparsifier:
     def summary(self) -> Table:
         """A table of the sparse layers: shape, active of total, density; what computes sparsely."""
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        title, how = f"sparse layers ({type(self.method).__name__})", self.compute.backends
+        title, how = f"sparse layers ({type(self.method).__name__})", self.compute.cells
         return density_table(title, shapes, self.counts, {"compute": how} if self.compute.asked else None)
 
     def state_dict(self) -> dict[str, Any]:

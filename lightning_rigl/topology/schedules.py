@@ -32,7 +32,10 @@ class UpdateSchedule:
         every: steps between updates, at least 1 (Delta T in the paper).
         drop_fraction: share of a layer's active connections replaced at t = 0, in [0, 1] (alpha).
         decay: how the drop fraction falls: ``cosine``, ``linear`` (1 - t/end), ``inverse_power``
-            (1 - t/end)^3, ``constant``, or with the optimizer's ``learning_rate``, as a share of its first.
+            (1 - t/end)^3, ``constant``, or with the optimizer's ``learning_rate``, as a share of its
+            ``initial_lr``: the rate that the optimizer was made with, which torch's schedulers keep there
+            (OneCycleLR: its own first rate), and without a scheduler the rate of the first step. In a warm-up
+            the fraction is therefore as small as the rate is; it never exceeds 1.
         begin: first update; None means ``every`` (before any training, |w| is only noise), 0 is the paper's
             Algorithm 1 to the letter.
         end: no update is due at this step or later.

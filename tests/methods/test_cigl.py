@@ -61,6 +61,37 @@ class TestFactors:
         with pytest.raises(ValueError, match=r"cigl, drop: a probability in \[0, 1\)"):
             CigL(drop)
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"drop": "a"}, "cigl, drop: a number, got 'a'"),
+            ({"drop": None}, "cigl, drop: a number, got None"),
+            ({"drop": False}, "cigl, drop: a number, got False"),
+            ({"scaled": "yes"}, "cigl, scaled: True or False, got 'yes'"),
+        ],
+    )
+    def test_other_types_are_refused(self, settings, message):
+        with pytest.raises(TypeError, match=message):
+            CigL(**settings)
+
+
+def test_what_is_left_out_at_an_update_does_not_grow_again_in_it():
+    """Connection 0 is the smallest, with by far the largest gradient; it comes back only if it took part."""
+    seen = {False: 0, True: 0}
+    for seed in range(12):
+        model = nn.Linear(4, 1, bias=False).double()
+        model.weight.data = torch.tensor([[1e-3, 2.0, 0.0, 0.0]], dtype=torch.float64)
+        schedule = UpdateSchedule(every=1, begin=0, end=1, drop_fraction=0.5, decay="constant")
+        sparsifier = Sparsifier(model, 0.5, CigL(0.5), schedule=schedule, init="nonzero", seed=seed)
+        sparsifier.start(1)
+        sparsifier.before_forward(0)
+        left_out = bool(model.weight[0, 0] == 0)
+        model(torch.tensor([[100.0, 1.0, 1.0, 2.0]], dtype=torch.float64)).sum().backward()
+        sparsifier.before_step(torch.optim.SGD(model.parameters(), 0.1), 0)
+        assert sparsifier.masks["weight"].int().tolist() == [[0, 1, 0, 1] if left_out else [1, 1, 0, 0]]
+        seen[left_out] += 1
+    assert all(seen.values())
+
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])

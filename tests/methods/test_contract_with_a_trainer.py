@@ -45,6 +45,8 @@ def possible(row):
         return False  # what changes its sign is replaced after the step
     if kind is GraSP and row.get("automatic") is False:
         return False  # training_step returns no loss then
+    if growth != Growth() and kind is not None and not kind().grows:
+        return False  # there are no new connections
     return not (growth.reads_gradient and kind is not None and kind.gradient == "never")
 
 
@@ -274,8 +276,11 @@ def test_a_latent_method_is_trained_by_the_gradient_that_is_clipped_by_hand(name
     assert same(fit(row, tmp_path)["state_dict"], module.state_dict())
 
 
+GROWS_BLINDLY = [name for name, kind in METHODS.items() if kind.gradient == "never" and kind().grows]
+
+
 @pytest.mark.parametrize("growth", [Growth("gradient"), Growth("sign"), Growth(momentum=1.0)], ids=str)
-@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.gradient == "never"])
+@pytest.mark.parametrize("name", GROWS_BLINDLY)
 def test_growth_by_a_gradient_that_a_method_never_reads_is_refused(name, growth):
     model = nn.Linear(8, 8)
     weight = model.weight.detach().clone()
@@ -283,3 +288,32 @@ def test_growth_by_a_gradient_that_a_method_never_reads_is_refused(name, growth)
         with pytest.raises(ValueError, match=rf"growth=Growth.* which {name} never does: take values"):
             make(0.5, name, growth=growth)
     assert torch.equal(model.weight, weight)
+
+
+NEVER_GROW = ["static", "gradual", "gradualglobal", "snip", "snipglobal", "grasp", "synflow", "dnw"]
+NEVER_GROW += ["edgepopup", "globaledgepopup", "gemminer"]
+
+
+@pytest.mark.parametrize("growth", [Growth("normal"), Growth("gradient"), Growth(regrown=True)], ids=str)
+@pytest.mark.parametrize("name", NEVER_GROW)
+def test_growth_of_a_method_that_makes_no_new_connection_is_refused(name, growth):
+    model = nn.Linear(8, 8)
+    weight = model.weight.detach().clone()
+    for make in (RigLCallback, lambda *settings, **more: Sparsifier(model, *settings, **more)):
+        with pytest.raises(
+            ValueError, match=r"(?i)growth=Growth.* and " + name + " never makes one: leave it"
+        ):
+            make(0.5, name, growth=growth)
+        make(0.5, name, growth=Growth())
+        model.weight.data.copy_(weight)
+
+
+def test_which_methods_grow():
+    assert {name.lower() for name, kind in METHODS.items() if not kind().grows} == set(NEVER_GROW)
+
+
+def test_a_method_of_the_user_that_starts_dense_and_grows_says_so():
+    class Both(GraSP):
+        grows = True
+
+    assert Sparsifier(nn.Linear(8, 8), 0.5, Both(), growth=Growth("normal")).growth.values == "normal"

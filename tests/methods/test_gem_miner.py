@@ -339,8 +339,15 @@ def test_a_checkpoint_holds_the_ticket_as_plain_weights(tmp_path):
 def test_what_is_refused():
     with pytest.raises(ValueError, match="penalty: a number of at least 0, got -1"):
         GemMiner(penalty=-1)
+    with pytest.raises(ValueError, match="penalty: a number of at least 0, got inf"):
+        GemMiner(penalty=math.inf)
     with pytest.raises(ValueError, match="unknown name 'l3'; the known ones are l2, l1"):
         GemMiner(norm="l3")
+    with pytest.raises(TypeError, match="gemminer, penalty: a number, got 'a'"):
+        GemMiner(penalty="a")
+    for name in ("revive", "inverted"):
+        with pytest.raises(TypeError, match=f"gemminer, {name}: True or False, got 'no'"):
+            GemMiner(**{name: "no"})
 
 
 def test_its_updates_follow_a_step_whatever_the_policy():

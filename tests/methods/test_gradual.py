@@ -4,6 +4,8 @@ A layer of 1,000 connections that is to keep 100 has 900 to lose; at progress p 
 floor(900 (1 - (1 - p)^3)) of them: 0, 243.9, 787.5, 899.1 and 900 at p = 0, 0.1, 0.5, 0.9 and 1.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -188,3 +190,45 @@ def test_the_own_schedule_in_a_trainer():
     trainer(callback, max_epochs=5).fit(small(), data())  # 40 steps: 12, 22
     assert callback.sparsifier.updates == 2
     assert callback.sparsifier.counts == {"net.0.weight": 29, "net.2.weight": 21}
+
+
+ONE = "at once, at step {}: its only update every {} steps before step {}; lower every"
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "message"),
+    [
+        ("gradual", 12, "RigLCallback: Gradual prunes from dense to its target " + ONE.format(3, 10, 9)),
+        ("gradualglobal", 12, "GradualGlobal prunes from dense to its target " + ONE.format(3, 10, 9)),
+        ("gemminer", 100, "GemMiner prunes from dense to its target " + ONE.format(0, 100, 100)),
+        ("gemminer", 20, "GemMiner prunes from dense to its target " + ONE.format(0, 100, 20)),
+    ],
+)
+def test_a_training_too_short_for_a_second_update_is_warned_of(method, steps, message):
+    with pytest.warns(UserWarning, match=message):
+        trainer(rigl := RigLCallback(0.9, method, seed=0), max_steps=steps, max_epochs=-1).fit(
+            small(), data()
+        )
+    assert rigl.sparsifier.updates == 1
+    target = sum(layer.target for layer in rigl.sparsifier.layers.values())
+    assert sum(rigl.sparsifier.counts.values()) == target
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("gradual", 30), ("gemminer", 101), ("snip", 12), ("synflow", 12), ("static", 12), ("dnw", 12)],
+)
+def test_one_that_has_two_or_is_meant_to_have_one_is_not(method, steps, recwarn):
+    trainer(RigLCallback(0.9, method, seed=0), max_steps=steps, max_epochs=-1).fit(small(), data())
+    assert not [w for w in recwarn if "RigLCallback" in str(w.message)]
+
+
+def test_it_is_said_once_and_not_of_what_is_done():
+    callback, module = RigLCallback(0.9, "gradual", seed=0), small()
+    with pytest.warns(UserWarning, match="prunes from dense"):
+        trainer(callback, max_steps=12, max_epochs=-1).fit(module, data())
+    callback._said.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(callback, max_steps=12, max_epochs=-1).fit(module, data())
+    assert not [w for w in said if "prunes from dense" in str(w.message)]

@@ -9,6 +9,7 @@ round 3   nothing leaves the second neuron: scores ((3, 1), (0, -)) and (4, -): 
 import copy
 from itertools import pairwise
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional
 from lightning_rigl import RigLCallback, Sparsifier
 from lightning_rigl.methods.base import Probe
 from lightning_rigl.methods.synflow import SynFlow, _flow, _make_linear
-from tests.callbacks.problems import data, small, trainer
+from tests.callbacks.problems import Small, data, small, trainer
 
 
 def mlp(*widths, bias=True, seed=0):
@@ -229,6 +230,37 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match="forward gives tuple"):
             kept(Two(4, 4), 4)
+
+    @pytest.mark.parametrize("plain", [True, False])
+    @pytest.mark.parametrize(
+        ("kind", "why"),
+        [("none", "NotImplementedError"), ("two", "TypeError: .*lengths"), ("float32", "RuntimeError: ")],
+    )
+    def test_a_forward_that_is_not_there_or_takes_something_else(self, kind, why, plain):
+        class Module(Small):
+            def training_step(self, batch, batch_idx):
+                return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def two(self, x, lengths):
+            return self.net(x)
+
+        forward = {
+            "none": pl.LightningModule.forward,
+            "two": two,
+            "float32": lambda self, x: self.net(x.float()),
+        }
+        Module.forward = forward[kind]
+        module = Module()
+        before = copy.deepcopy(module.state_dict())
+        message = (
+            rf"SynFlow feeds forward one float64 tensor of ones of shape \(1, 16\).*{why}.*"
+            "give the model a forward of one tensor, or take snip or grasp"
+        )
+        look = Sparsifier(module, 0.8, SynFlow()).look
+        fit = trainer(RigLCallback(0.8, SynFlow()), max_epochs=1).fit
+        with pytest.raises(ValueError, match=message):
+            _ = look(lambda twin: 1 / 0, torch.randn(3, 16)) if plain else fit(module, data())
+        assert all(torch.equal(values, before[name]) for name, values in module.state_dict().items())
 
 
 def test_in_a_trainer_and_in_a_plain_loop():

@@ -15,10 +15,11 @@ from tests.model.problems import batches, network
 WEIGHT = torch.tensor([[1.0, -3.0, 0.0, 2.0], [0.0, 0.0, 4.0, -2.0]])
 GRADIENT = torch.tensor([[0.5, 0.0, -2.0, 1.0], [4.0, -6.0, 0.0, 0.0]])
 INITIAL = torch.arange(8.0).view(2, 4)
+ACTIVE = torch.tensor([[True, True, True, True], [False, False, True, True]])  # one of them is worth 0
 
 
 def values(growth, seed=0):
-    return growth.new_values(WEIGHT, INITIAL, GRADIENT, torch.Generator().manual_seed(seed))
+    return growth.new_values(WEIGHT, ACTIVE, INITIAL, GRADIENT, torch.Generator().manual_seed(seed))
 
 
 def test_values_by_hand():
@@ -28,8 +29,11 @@ def test_values_by_hand():
     shuffled = values(Growth("initial", divisor=4))
     assert sorted(shuffled.flatten().tolist()) == [n / 4 for n in range(8)]
     assert shuffled.flatten().tolist() != [n / 4 for n in range(8)]
-    normal = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)) * WEIGHT.std() / 3
-    assert torch.equal(values(Growth("normal", divisor=3)), normal)
+    normal = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    deviation = (sum((w - 1 / 3) ** 2 for w in (1, -3, 0, 2, 4, -2)) / 6) ** 0.5
+    torch.testing.assert_close(values(Growth("normal", divisor=3)), normal * deviation / 3)
+    uniform = 2 * torch.rand(2, 4, generator=torch.Generator().manual_seed(0)) - 1
+    torch.testing.assert_close(values(Growth("uniform", divisor=3)), uniform * (12 / 6) / 3)
 
 
 @pytest.mark.parametrize("kind", ["initial", "normal", "uniform"])
@@ -42,16 +46,68 @@ def test_random_values_follow_from_the_generator_alone(kind):
 
 def test_uniform_values_are_bounded_by_the_mean_magnitude():
     weight = torch.randn(100, 200, generator=torch.Generator().manual_seed(1))
-    drawn = Growth("uniform").new_values(weight, None, None, torch.Generator().manual_seed(0))
+    drawn = Growth("uniform").new_values(weight, weight != 0, None, None, torch.Generator().manual_seed(0))
     bound = weight.abs().mean()
     assert drawn.abs().max() <= bound
     assert drawn.abs().max() > 0.99 * bound
     assert abs(drawn.mean()) < 0.01 * bound
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_random_values_do_not_shrink_with_the_density(kind):
+    """New weights are of the size of those that are there, however many zeros are around them."""
+    dense = torch.randn(100, 200, generator=torch.Generator().manual_seed(1))
+    sizes = []
+    for density in (1.0, 0.1, 0.01):
+        mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(2)) < density
+        drawn = Growth(kind).new_values(dense * mask, mask, None, None, torch.Generator().manual_seed(0))
+        sizes.append(float(drawn.abs().mean()))
+    assert sizes == pytest.approx([sizes[0]] * 3, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_random_values_of_a_layer_with_one_connection_or_none(kind):
+    for active in (0, 1):
+        mask = torch.arange(4) < active
+        drawn = Growth(kind).new_values(3.0 * mask, mask, None, None, torch.Generator().manual_seed(0))
+        assert drawn.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"divisor": "2"}, "growth, divisor: a number, got '2'"),
+        ({"divisor": True}, "growth, divisor: a number, got True"),
+        ({"momentum": "1"}, "growth, momentum: a number, got '1'"),
+        ({"momentum": None}, "growth, momentum: a number, got None"),
+        ({"regrown": "no"}, "growth, regrown: True or False, got 'no'"),
+    ],
+)
+def test_other_types_are_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        Growth(**settings)
+
+
+@pytest.mark.parametrize("growth", ["normal", Growth, {"values": "normal"}])
+def test_what_is_no_growth_is_refused(growth):
+    for make in (RigLCallback, lambda **settings: Sparsifier(network(), **settings)):
+        with pytest.raises(
+            TypeError, match=r"growth: expected a Growth, such as Growth\('normal'\), or None"
+        ):
+            make(growth=growth)
+
+
+@pytest.mark.parametrize("how", ["foo", True, ["layer"]])
+def test_an_unknown_rescale_is_refused_at_once(how):
+    with pytest.raises(ValueError, match="rescale: one of layer, neuron, or None, got"):
+        RigLCallback(rescale=how)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divisor": torch.inf}, "divisor: a number above 0, got inf"),
+        ({"momentum": torch.inf}, "momentum: a number of at least 0, got inf"),
         ({"values": "ones"}, "unknown values 'ones'; the known ones are zeros, initial, normal"),
         ({"values": None}, "unknown values None"),
         ({"divisor": 0}, "divisor: a number above 0, got 0"),
@@ -183,6 +239,26 @@ def test_a_drop_fraction_that_follows_the_learning_rate():
     with pytest.warns(UserWarning, match="training has"):
         fit(rigl, module=module, sizes=[8] * 10)
     assert seen == pytest.approx([0.0] * 3 + [0.4 / 2] * 3 + [0.4 / 8] * 3 + [0.4 / 16])
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5])
+def test_in_a_warm_up_the_drop_fraction_is_as_small_as_the_rate_is(factor):
+    """The share is that of ``initial_lr``, not of the rate of the first step."""
+    model = network()
+    schedule = UpdateSchedule(every=2, begin=2, end=9, drop_fraction=0.4, decay="learning_rate")
+    sparsifier = Sparsifier(model, 0.5, schedule=schedule, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, factor, total_iters=4)
+    sparsifier.start()
+    seen = []
+    for step, (x, y) in enumerate(batches(9)):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        if sparsifier.before_step(optimizer, step):
+            seen.append(sparsifier.drop_fraction)
+        optimizer.step()
+        warm_up.step()
+    assert seen == pytest.approx([0.4 * (1 + factor) / 2, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize("how", ["layer", "neuron"])
