@@ -2,12 +2,15 @@
 
 ``lightning_rigl::linear`` and ``lightning_rigl::conv1x1`` take the compressed rows of a weight W of shape
 (outputs, inputs): ``values`` float32 and ``columns`` uint16 or int32, of shape (connections,), and ``starts``
-int32 of shape (outputs + 1,). They give the gradient of their input, by a dense product; that of the weight
-is what `lightning_rigl.compute.linear` is for. ``lightning_rigl::dense`` writes W out.
+int32 of shape (outputs + 1,). ``linear_with_gradient`` and ``conv1x1_with_gradient`` are the same and give
+the gradient of their input, by a dense product (asking every time whether to costs more than a small
+product); that of the weight is what `lightning_rigl.compute.linear` is for. ``lightning_rigl::dense`` writes
+W out.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,11 +21,9 @@ from lightning_rigl.compute.backends import NativeBackend
 from lightning_rigl.compute.operators import backend_of
 from lightning_rigl.kernels import product_calls
 
-_MATRIX = "Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, int inputs, str backend"
+_PRODUCT = "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, int inputs, str backend)"
+_DENSE = "(Tensor values, Tensor starts, Tensor columns, int inputs)"
 _LIBRARY: Any = torch.library.Library("lightning_rigl", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"linear({_MATRIX}) -> Tensor")
-_LIBRARY.define(f"conv1x1({_MATRIX}) -> Tensor")
-_LIBRARY.define("dense(Tensor values, Tensor starts, Tensor columns, int inputs) -> Tensor")
 
 
 def linear(
@@ -35,17 +36,16 @@ def linear(
         ValueError: it has another number of inputs.
     """
     _check(x, -1, inputs)
-    outputs = len(starts) - 1
-    flat = x.reshape(-1, inputs) if x.numel() else x.new_empty(x.shape[:-1].numel(), inputs)
-    if not _finite(x):  # a dense product makes nan of the zeros, too
-        weight = dense(values, starts, columns, inputs)
-        return torch.nn.functional.linear(flat, weight, bias).view(*x.shape[:-1], outputs)
+    shape = (*x.shape[:-1], len(starts) - 1)
+    flat = x if x.dim() == 2 else x.reshape(math.prod(shape[:-1]), inputs)
     kernels = backend_of(backend)
-    if isinstance(kernels, NativeBackend):
+    if not _finite(x):  # a dense product makes nan of the zeros, too
+        y = torch.nn.functional.linear(flat, dense(values, starts, columns, inputs), bias)
+    elif isinstance(kernels, NativeBackend):
         y = product_calls.linear(kernels.library, flat, starts, columns, values, bias)
     else:
         y = kernels.forward(flat, values, starts, columns, bias)[0]
-    return y.view(*x.shape[:-1], outputs)
+    return y if x.dim() == 2 else y.view(shape)
 
 
 def conv1x1(
@@ -77,7 +77,7 @@ def conv1x1(
 def dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:
     """W of shape (outputs, inputs), zeros included."""
     weight = values.new_zeros(len(starts) - 1, inputs)
-    rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
+    rows = torch.repeat_interleave(torch.arange(len(weight), device=starts.device), starts.diff())
     weight[rows, columns.to(torch.int64)] = values
     return weight
 
@@ -87,12 +87,12 @@ def _check(x: Tensor, place: int, inputs: int) -> None:
         raise TypeError(
             f"x is {x.dtype}; sparse products are float32: give x.float(), or take the dense model"
         )
-    if x.shape[place] != inputs:
+    if x.dim() <= max(place, 0) or x.shape[place] != inputs:
         raise ValueError(f"x has shape {tuple(x.shape)}, and the layer {inputs} inputs at dimension {place}")
 
 
 def _finite(x: Tensor) -> bool:
-    return bool(x.sum().isfinite())
+    return math.isfinite(x.sum().item())
 
 
 def _linear_shape(x: Tensor, values: Tensor, starts: Tensor, *rest: Any) -> Tensor:
@@ -130,25 +130,28 @@ def _conv1x1_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx.view(grad.shape[0], ctx.inputs, *grad.shape[2:]), *[None] * 6
 
 
-def _register(name: str, kernel: Any, shape: Any, gradients: Any) -> None:
+def _linear_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(math.prod(x[:-1])) * int(values[0])
+
+
+def _conv1x1_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(x[0] * math.prod(x[2:])) * int(values[0])
+
+
+def _register(name: str, schema: str, kernel: Any, shape: Any) -> None:
+    _LIBRARY.define(f"{name}{schema} -> Tensor")
     _LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"lightning_rigl::{name}", shape, lib=_LIBRARY)
-    if gradients is not None:
-        torch.library.register_autograd(
-            f"lightning_rigl::{name}", gradients, setup_context=_save, lib=_LIBRARY
-        )
 
 
-_register("linear", linear, _linear_shape, _linear_gradients)
-_register("conv1x1", conv1x1, _conv1x1_shape, _conv1x1_gradients)
-_register("dense", dense, _dense_shape, None)
+def _register_product(name: str, kernel: Any, shape: Any, gradients: Any, flops: Any) -> None:
+    twin = f"{name}_with_gradient"
+    for own in (name, twin):
+        _register(own, _PRODUCT, kernel, shape)
+        register_flop_formula(getattr(torch.ops.lightning_rigl, own))(flops)
+    torch.library.register_autograd(f"lightning_rigl::{twin}", gradients, setup_context=_save, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.lightning_rigl.linear)
-def _linear_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
-    return 2 * int(torch.Size(x[:-1]).numel()) * int(values[0])
-
-
-@register_flop_formula(torch.ops.lightning_rigl.conv1x1)
-def _conv1x1_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
-    return 2 * int(torch.Size([x[0], *x[2:]]).numel()) * int(values[0])
+_register_product("linear", linear, _linear_shape, _linear_gradients, _linear_flops)
+_register_product("conv1x1", conv1x1, _conv1x1_shape, _conv1x1_gradients, _conv1x1_flops)
+_register("dense", _DENSE, dense, _dense_shape)

@@ -26,10 +26,12 @@ class SparseProduct:
         parameter: float32 on the CPU, of shape (outputs, inputs); inactive weights are zero.
         mask: bool, its shape.
         backend: ``torch`` or ``native``.
+        least_rows: inputs of fewer rows are left to the dense product.
     """
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor, backend: str) -> None:
+    def __init__(self, parameter: nn.Parameter, mask: Tensor, backend: str, least_rows: int = 1) -> None:
         self.parameter, self.backend = parameter, backend
+        self._least = least_rows * parameter.shape[1]  # numbers of an input
         self.dense_gradient = False  # whether backward passes give the gradient of inactive connections, too
         self.partial = False  # whether one of them has left it out
         self.active_gradient = False  # whether the gradient is a sparse tensor, of active connections
@@ -57,7 +59,7 @@ class SparseProduct:
             and x.dtype == torch.float32
             and x.device.type == "cpu"
             and x.shape[-1:] == weight.shape[1:]
-            and x.numel() > 0
+            and x.numel() >= self._least
             and not torch.is_autocast_enabled("cpu")
         )
 

@@ -46,7 +46,22 @@ class SparseCompute:
         self.asked = compute != "dense"
         self.words: list[str] = []
         backend = self._backend(compute)
-        self.backends = {name: self._choice(layer, backend) for name, layer in layers.items()}
+        rules = crossover.SAFE if compute == "auto" else crossover.ASKED
+        self._rows = {name: self._least_rows(layer, backend, rules) for name, layer in layers.items()}
+        self._chosen = backend
+        self.backends = {name: "dense" if rows is None else backend for name, rows in self._rows.items()}
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Name of each layer -> its backend, and from how many rows of input on it is used, for a table."""
+        return {
+            name: "dense"
+            if rows is None
+            else f"{self._chosen} from {rows} rows"
+            if rows > 1
+            else self._chosen
+            for name, rows in self._rows.items()
+        }
 
     def _backend(self, compute: Compute) -> str:
         if compute in ("auto", "native"):
@@ -58,15 +73,16 @@ class SparseCompute:
             )
         return "dense" if compute == "dense" else "torch"
 
-    def _choice(self, layer: SparseLayer, backend: str) -> str:
+    def _least_rows(
+        self, layer: SparseLayer, backend: str, rules: Mapping[str, crossover.Rule]
+    ) -> int | None:
         weight = layer.parameter
         plain = (
             not sharding.is_sharded(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
         )
         if backend == "dense" or not plain or not switch.able(self._model, weight):
-            return "dense"
-        outputs, inputs = weight.shape
-        return backend if crossover.gains(outputs, inputs, layer.count, backend) else "dense"
+            return None
+        return crossover.least_rows(weight.numel(), layer.count, rules[backend])
 
     def begin(self) -> None:
         """Let the layers compute sparsely; the model is trained from here on."""
@@ -74,7 +90,8 @@ class SparseCompute:
         for name, backend in self.backends.items():
             layer = self._layers[name]
             if backend != "dense":
-                layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, backend)
+                rows = self._rows[name] or 1
+                layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, backend, rows)
                 products.update(dict.fromkeys(switch.able(self._model, layer.parameter), layer.product))
         switch.on(products)
 
