@@ -3,17 +3,13 @@
 import io
 from collections import OrderedDict
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins.io import CheckpointIO
 from torch import nn
 
-from lightning_rigl import RigLCallback, UpdateSchedule, load_masks
 from lightning_rigl.export.checkpoints import pack_checkpoint, unpack_checkpoint
 from lightning_rigl.export.packing import Packer, is_entry, memory_order, unpack, unpack_mask
 from lightning_rigl.topology import bits
@@ -361,81 +357,6 @@ def test_bad_checkpoints_and_masks():
     packed["state_dict"]["one.weight"]["values"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"the checkpoint is damaged: .* places and 3 values"):
         unpack_checkpoint(packed)
-
-
-class PackedIO(CheckpointIO):
-    """How a callback packs: around the CheckpointIO of the strategy, put there in ``setup``."""
-
-    def __init__(self, inner, masks):
-        self.inner, self.masks = inner, masks
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        self.inner.save_checkpoint(pack_checkpoint(checkpoint, self.masks()), path, storage_options)
-
-    def load_checkpoint(self, path, *args, **kwargs):
-        return unpack_checkpoint(self.inner.load_checkpoint(path, *args, **kwargs))
-
-    def remove_checkpoint(self, path):
-        self.inner.remove_checkpoint(path)
-
-
-class Packing(RigLCallback):
-    def setup(self, trainer, pl_module, stage):
-        super().setup(trainer, pl_module, stage)
-
-        def masks():
-            return self.sparsifier.masks if self.sparsifier else {}
-
-        trainer.strategy.checkpoint_io = PackedIO(trainer.strategy.checkpoint_io, masks)
-
-
-class Wide(BoringModel):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 2))
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-3)
-
-
-@pytest.mark.parametrize("kind", [RigLCallback, Packing])
-def test_lightning_resumes_a_packed_checkpoint_as_a_plain_one(kind, tmp_path):
-    def trainer(steps):
-        return pl.Trainer(
-            max_steps=steps,
-            limit_train_batches=4,
-            limit_val_batches=0,
-            callbacks=kind(0.9, seed=0, schedule=UpdateSchedule(every=2, begin=1, end=3)),
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-        )
-
-    torch.manual_seed(0)
-    model = Wide()
-    first = trainer(4)
-    first.fit(model)
-    path = tmp_path / "last.ckpt"
-    first.save_checkpoint(path)
-    resumed = Wide()
-    second = trainer(4)
-    second.fit(resumed, ckpt_path=path)
-    assert second.global_step == 4
-    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert_same(one, other)
-    states = [it.optimizers[0].state_dict() for it in (first, second)]
-    assert_same_tree(states[0]["state"], states[1]["state"])
-    if kind is Packing:
-        assert is_entry(torch.load(path, weights_only=True)["state_dict"]["layer.0.weight"])
-        with pytest.raises(RuntimeError, match=r"layer\.0\.weight"):  # the callback is not asked here
-            Wide.load_from_checkpoint(path)
-        dense = tmp_path / "dense.ckpt"
-        torch.save(unpack_checkpoint(torch.load(path, weights_only=True)), dense)
-        Wide.load_from_checkpoint(dense)
-        assert load_masks(path).keys() == load_masks(dense).keys()
 
 
 def test_numpy_and_torch_agree_on_the_bits():
