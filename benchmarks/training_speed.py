@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py mlp          3072-1024-1024-1024-10, batch 128, SGD: two minutes
     python benchmarks/training_speed.py vit          ViT-B, batch 4, AdamW: ten minutes
 
-Every round fits the same module anew: dense (no callback), then RigL at each sparsity, dense-masked and
-on each backend, with an update every 100 steps inside the timed steps. The ratio of a round is the dense
+Every round fits the same module anew: dense (no callback), then RigL at each sparsity: dense-masked, on each
+backend, and natively with the optimizer of active connections ("step"), with an update every 100 steps inside the timed steps. The ratio of a round is the dense
 time of a step over the sparse one; the median over rounds is stored under ``results/``. The dense baseline
 is torch as shipped, with the fused optimizer, the fastest one on a CPU.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_rigl import RigLCallback, UpdateSchedule
+from lightning_rigl import ActiveAdamW, ActiveSGD, RigLCallback, UpdateSchedule
 from machine import describe, store
 from vision_transformer import ViT
 
@@ -56,6 +56,7 @@ class Case:
     net: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     optimizer: Callable[..., torch.optim.Optimizer]
+    active: Callable[..., torch.optim.Optimizer]  # the same for active connections only
     sparsities: tuple[float, ...]
     steps: int
     warm: int
@@ -73,6 +74,14 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, 0.01, momentum=0.9, fused=True)
 
 
+def _active_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return ActiveSGD(parameters, 0.01, momentum=0.9, active_gradients=True)
+
+
+def _active_adamw(parameters: Any) -> torch.optim.Optimizer:
+    return ActiveAdamW(parameters, 1e-4, active_gradients=True)
+
+
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, 1e-4, fused=True)
 
@@ -82,6 +91,7 @@ CASES = {
         _mlp,
         lambda: (torch.randn(128, 3072), torch.randint(10, (128,))),
         _sgd,
+        _active_sgd,
         (0.9, 0.95, 0.98),
         steps=200,
         warm=10,
@@ -90,6 +100,7 @@ CASES = {
         lambda: ViT(classes=1000),
         lambda: (torch.randn(4, 3, 224, 224), torch.randint(1000, (4,))),
         _adamw,
+        _active_adamw,
         (0.9, 0.95),
         steps=8,
         warm=2,
@@ -115,10 +126,11 @@ class Clock(pl.Callback):
         return (self.end - self.start) / self.steps
 
 
-def fit(case: Case, callbacks: Sequence[pl.Callback]) -> float:
-    """Seconds a step of a fit with these callbacks."""
+def fit(case: Case, callbacks: Sequence[pl.Callback], active: bool = False) -> float:
+    """Seconds a step of a fit with these callbacks, and the optimizer of active connections or torch's."""
     torch.manual_seed(0)
-    module, clock = Classifier(case.net(), case.optimizer), Clock(case.warm)
+    module = Classifier(case.net(), case.active if active else case.optimizer)
+    clock = Clock(case.warm)
     batches = [case.batch() for _ in range(4)]
     trainer = pl.Trainer(
         max_steps=case.steps + case.warm,
@@ -137,6 +149,7 @@ def fit(case: Case, callbacks: Sequence[pl.Callback]) -> float:
 def rigl(case: Case, sparsity: float, compute: str) -> list[pl.Callback]:
     """The callback of a run."""
     schedule = UpdateSchedule(every=case.every, begin=case.every, end=1.0)
+    compute = "native" if compute == "step" else compute
     return [RigLCallback(sparsity, schedule=schedule, seed=0, compute=compute)]  # type: ignore[arg-type]
 
 
@@ -150,7 +163,7 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for done in range(rounds):
         for name, callbacks in runs.items():
-            times[name].append(1e3 * fit(case, callbacks()))
+            times[name].append(1e3 * fit(case, callbacks(), name.startswith("step")))
         print(f"round {done + 1}:", {name: round(t[-1], 2) for name, t in times.items()}, flush=True)
     ratios = {
         name: statistics.median(d / t for d, t in zip(times["dense"], own, strict=True))
@@ -169,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=["dense", "torch", "native"], help="of computing")
+    parser.add_argument(
+        "--ways", nargs="+", default=["dense", "torch", "native", "step"], help="of computing"
+    )
     chosen = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 
 from lightning_rigl.callbacks.flops import FLOPsCallback
 from lightning_rigl.callbacks.rigl import RigLCallback
+from lightning_rigl.compute.optimizers import ActiveAdamW, ActiveSGD
 from lightning_rigl.flops.plan import FLOPsPlan
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
 from lightning_rigl.flops.report import FLOPsReport
@@ -57,6 +58,8 @@ __all__ = [
     "SNFS",
     "SNIP",
     "STR",
+    "ActiveAdamW",
+    "ActiveSGD",
     "CigL",
     "Connections",
     "DeepR",
