@@ -1,4 +1,4 @@
-"""The best dense baseline of a machine: MKL's AVX-512 kernels on a processor of another vendor, too."""
+"""The best dense baseline of a machine: MKL's best kernels, on a processor of another vendor, too."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
     python benchmarks/inference_speed.py mlp         3072-1024-1024-1024-10, batch 64; ten seconds
 
 The weights are random and so are their masks: the zeros alone decide on the speed. Every round runs each
-variant once, or for a few milliseconds if it is faster than that. The ratio of a round is the dense time over
+variant once, or for a few milliseconds if it is faster than that. The ratio of a round is dense time over
 the variant's; the median over rounds is stored under ``results/``. The dense baseline, float32 and eager, is
-by default the fair one: MKL with its AVX-512 kernels, whoever made the processor; ``--as-shipped`` takes torch
+by default the fair one: MKL with its best kernels, whoever made the processor; ``--as-shipped`` takes torch
 as it comes. Dense inference is also given compiled by torch.compile, where there is a compiler, and in
 bfloat16; the outputs of every sparse variant are checked.
 """
@@ -132,10 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not chosen.as_shipped:
         start_fair()
     warnings.filterwarnings("ignore")
-    found = measure(runs(CASES[chosen.case], not chosen.no_compile), chosen.rounds)
+    variants = runs(CASES[chosen.case], not chosen.no_compile)
+    print(f"{len(variants)} variants, {chosen.rounds} rounds", flush=True)
+    found = measure(variants, chosen.rounds)
     for name, ratio in found["ratio"].items():
         print(f"{name:16}{found['milliseconds'][name]:10.2f} ms  {ratio:6.2f}x of dense")
-    baseline = "float32, eager, MKL's AVX-512 kernels" if fair() else "float32, eager, torch as shipped"
+    baseline = "float32, eager, MKL's best kernels" if fair() else "float32, eager, torch as shipped"
     name = f"inference_speed_{chosen.case}" + ("_as_shipped" if chosen.as_shipped else "")
     store(name, {"machine": describe(), "baseline": baseline, "rounds": chosen.rounds, **found})
 

@@ -4,9 +4,9 @@
     python benchmarks/training_speed.py vit          ViT-B, batch 4, AdamW: ten minutes
 
 Every round fits the same module anew: dense (no callback), then RigL at each sparsity: dense-masked, on each
-backend, and natively with the optimizer of active connections ("step"), with an update every 100 steps inside the timed steps. The ratio of a round is the dense
-time of a step over the sparse one; the median over rounds is stored under ``results/``. The dense baseline
-is torch as shipped, with the fused optimizer, the fastest one on a CPU.
+backend, and natively with the optimizer of active connections ("step"); of the MLP an update every 100 steps
+lies inside the timed steps. The ratio of a round is the dense time of a step over the sparse one; the median
+over rounds is stored under ``results/``. Dense has the fused optimizer, the fastest one on a CPU.
 """
 
 from __future__ import annotations

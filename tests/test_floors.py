@@ -9,7 +9,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_rigl"
 FLOORS = {
     **dict.fromkeys(
-        ("kernels", "topology", "methods", "flops/costs", "flops/formulas", "flops/closed_forms", "flops/runs"), 0
+        (
+            "kernels",
+            "topology",
+            "methods",
+            "flops/costs",
+            "flops/formulas",
+            "flops/closed_forms",
+            "flops/runs",
+        ),
+        0,
     ),
     **dict.fromkeys(("flops", "model", "export", "compute"), 1),
 }

@@ -43,6 +43,9 @@ def linear(
         y = torch.nn.functional.linear(flat, dense(values, starts, columns, inputs), bias)
     elif isinstance(kernels, NativeBackend):
         y = product_calls.linear(kernels.library, flat, starts, columns, values, bias)
+    elif len(flat) == 1:  # a product with a vector is three times as fast as one with a matrix
+        y = (_compressed(values, starts, columns, inputs) @ flat[0]).unsqueeze(0)
+        y = y if bias is None else y.add_(bias)
     else:
         y = kernels.forward(flat, values, starts, columns, bias)[0]
     return y if x.dim() == 2 else y.view(shape)
@@ -68,8 +71,7 @@ def conv1x1(
     elif isinstance(kernels, NativeBackend):
         return product_calls.conv1x1(kernels.library, planes, starts, columns, values, bias).view(shape)
     else:
-        size = (shape[1], inputs)
-        weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+        weight = _compressed(values, starts, columns, inputs)
         y = torch.stack([weight @ image for image in planes])
     return (y if bias is None else y.add_(bias[:, None])).view(shape)
 
@@ -80,6 +82,11 @@ def dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tenso
     rows = torch.repeat_interleave(torch.arange(len(weight), device=starts.device), starts.diff())
     weight[rows, columns.to(torch.int64)] = values
     return weight
+
+
+def _compressed(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:
+    size = (len(starts) - 1, inputs)
+    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
 
 
 def _check(x: Tensor, place: int, inputs: int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_rigl.compute import inference  # noqa: F401  # registers the operators
 from lightning_rigl.compute.operators import backend_of
 
+_OPS: Any = torch.ops.lightning_rigl
+
 
 class SparseProduct(nn.Module):
     """A weight W of shape (outputs, inputs) as the compressed rows of what is not zero.
@@ -52,16 +54,16 @@ class SparseProduct(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """W written out, a new tensor each time."""
-        return torch.ops.lightning_rigl.dense(  # type: ignore[no-any-return]
-            self.values, self.starts, self.columns, self.inputs
-        )
+        rows = self.values, self.starts, self.columns, self.inputs
+        return _OPS.dense.default(*rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Sizes, density and backend."""
         bias = self.bias is not None
         return f"{self.inputs}, {self.outputs}, bias={bias}, density={self.density:.4f}, {self.backend}"
 
-    def _product(self, operator: Any, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, plain: Any, with_gradient: Any) -> Tensor:
+        operator = with_gradient if torch.is_grad_enabled() and x.requires_grad else plain
         rows = self.values, self.starts, self.columns, self.bias, self.inputs, self.backend
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
@@ -84,18 +86,27 @@ class SparseProduct(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *messages: list[str]
     ) -> None:
-        """Refuse indices that would let a kernel read beyond its input."""
-        starts, columns = state_dict.get(f"{prefix}starts"), state_dict.get(f"{prefix}columns")
-        if starts is not None and columns is not None:
-            wide, last = columns.to(torch.int64), len(columns)
-            inside = not last or (int(wide.min()) >= 0 and int(wide.max()) < self.inputs)
-            ordered = bool((starts.diff() >= 0).all()) and starts[[0, -1]].tolist() == [0, last]
-            if not (inside and ordered):
-                messages[-1].append(
-                    f"{prefix}: starts and columns are no compressed rows of {self.inputs} inputs"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *messages)
+        """All or nothing, and no indices that would let a kernel read beyond its input."""
+        given = {name: state_dict.get(prefix + name) for name in ("values", "starts", "columns")}
+        why = self._refusal(**given) if any(t is not None for t in given.values()) else ""
+        if why:
+            messages[-1].append(f"{prefix.rstrip('.') or 'the model'}: {why}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *messages)
+
+    def _refusal(self, values: Tensor | None, starts: Tensor | None, columns: Tensor | None) -> str:
+        """Why these are no rows of this layer; empty if they are."""
+        if values is None or starts is None or columns is None:
+            return "values, starts and columns belong together, and some are missing"
+        if starts.shape != self.starts.shape or not values.shape == columns.shape == self.columns.shape:
+            return (
+                f"{len(columns)} connections of {len(starts) - 1} outputs, and the layer has "
+                f"{len(self.columns)} of {self.outputs}: load into an export of the model that it comes from"
+            )
+        wide = columns.to(torch.int64)
+        inside = not len(wide) or (int(wide.min()) >= 0 and int(wide.max()) < self.inputs)
+        ordered = bool((starts.diff() >= 0).all()) and starts[[0, -1]].tolist() == [0, len(wide)]
+        return "" if inside and ordered else f"no compressed rows of {self.inputs} inputs"
 
 
 class SparseLinear(SparseProduct):
@@ -135,7 +146,7 @@ class SparseLinear(SparseProduct):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Linear
         """(..., inputs) -> (..., outputs)."""
-        return self._product(torch.ops.lightning_rigl.linear, input)
+        return self._product(input, _OPS.linear.default, _OPS.linear_with_gradient.default)
 
 
 class SparseConv1x1(SparseProduct):
@@ -180,5 +191,5 @@ class SparseConv1x1(SparseProduct):
                 f"input has shape {tuple(input.shape)}; it must have {self.spatial} spatial dimensions "
                 "after images (or none) and channels"
             )
-        y = self._product(torch.ops.lightning_rigl.conv1x1, x)
+        y = self._product(x, _OPS.conv1x1.default, _OPS.conv1x1_with_gradient.default)
         return y.squeeze(0) if alone else y

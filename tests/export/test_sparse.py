@@ -128,6 +128,7 @@ def test_a_whole_network_in_evaluation_mode_and_the_original_as_it_was(backend):
     replaced = {"down": "SparseConv1x1", "up": "SparseConv1x1", "head": "SparseLinear"}
     assert kinds == {"mid": "Conv2d", "norm": "BatchNorm2d", "drop": "Dropout", **replaced}
     assert type(fast) is Net
+    assert not any(m.training for m in fast.modules())
     assert net.training
     assert type(net.head) is nn.Linear
     assert all(before[name].equal(t) for name, t in net.state_dict().items())
