@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rigl.export.compact import compact
+from lightning_rigl.export.compaction import compact
 from tests.export.compact_networks import convolutional, cut
 
 

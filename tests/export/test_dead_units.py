@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from lightning_rigl.export.compact import compact
+from lightning_rigl.export.compaction import compact
 from tests.export.compact_networks import Residual, cut
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rigl.export.compact import compact
+from lightning_rigl.export.compaction import compact
 from lightning_rigl.export.onnx import to_onnx
 from tests.export.compact_networks import convolutional, cut
 

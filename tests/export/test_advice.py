@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rigl.export import advise as module
-from lightning_rigl.export.advise import advise
+from lightning_rigl.export import advice as module
+from lightning_rigl.export.advice import advise
 from lightning_rigl.export.agreement import compare
 from lightning_rigl.export.rounds import FEWEST, rounds, timings
-from lightning_rigl.export.sparse import sparse
+from lightning_rigl.export.sparse_model import sparse
 
 NAMES = ["dense", "dense compiled", "compacted", "sparse torch", "sparse native", "compacted and sparse"]
 
@@ -245,7 +245,7 @@ def test_without_a_compiler_the_compiled_variant_is_skipped_in_words(monkeypatch
 
 
 def test_without_native_kernels_the_rest_is_measured(monkeypatch):
-    from lightning_rigl.export import sparse as exporter
+    from lightning_rigl.export import sparse_model as exporter
 
     monkeypatch.setattr(exporter, "native", lambda: None)
     advice = advise(sparse_mlp(), torch.randn(8, 512), seconds=0.05, compile=False)

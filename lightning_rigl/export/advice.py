@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_rigl.export.agreement import compare
-from lightning_rigl.export.compact import compact
+from lightning_rigl.export.compaction import compact
 from lightning_rigl.export.copies import inference_copy
 from lightning_rigl.export.rounds import Timing, rounds, timings
-from lightning_rigl.export.sparse import Backend, sparse, sparse_report
+from lightning_rigl.export.sparse_model import Backend, sparse, sparse_report
 from lightning_rigl.topology.tables import Table
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_rigl import Sparsifier, UpdateSchedule
-from lightning_rigl.export.compact import compact
+from lightning_rigl.export.compaction import compact
 from tests.export.compact_networks import KINDS, convolutional, cut
 
 

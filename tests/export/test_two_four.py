@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rigl.export.semi_structured import is_two_four, semi_structured, unfit
+from lightning_rigl.export.two_four import is_two_four, semi_structured, unfit
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
