@@ -29,16 +29,14 @@ class Backend(ABC):
         """Write values at the connections' places of a dense matrix; the others are left as they are."""
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Y = X W^T + b of shape (batch, outputs), and what the backward pass needs of X (batch, inputs)."""
-
-    @abstractmethod
     def linear_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The same of a dense weight: Y, or None where X is not finite; X for the backward pass; values."""
+        """Y = X W^T + b of shape (batch, outputs), of X (batch, inputs) and a dense W.
+
+        Returns:
+            Y, or None where X is not finite; X as the backward pass wants it; the connections' weights.
+        """
 
     @abstractmethod
     def linear_backward(
@@ -81,23 +79,22 @@ class TorchBackend(Backend):
         """See `Backend.scatter`."""
         into.view(-1).index_copy_(0, s.places, values)
 
-    def forward(
-        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.forward`."""
+    @staticmethod
+    def product(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+        """Y = X W^T + b of shape (batch, outputs), of X (batch, inputs) and compressed rows of W."""
         size = (len(starts) - 1, x.shape[1])
         weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
         y = (
             (weight @ x.t().contiguous()).t().contiguous()
         )  # rows of features are faster; y as a dense layer's
-        return y if bias is None else y.add_(bias), x
+        return y if bias is None else y.add_(bias)
 
     def linear_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """See `Backend.linear_forward`."""
         values, turned = self.gather(weight, s), x.t().contiguous()
-        y = self.forward(turned.t(), values, s.starts, s.columns, bias)[0] if is_finite(x) else None
+        y = self.product(turned.t(), values, s.starts, s.columns, bias) if is_finite(x) else None
         return y, turned, values
 
     def linear_backward(
@@ -114,7 +111,7 @@ class TorchBackend(Backend):
         grad = grad.t().contiguous().t()
         if needs[0] and is_finite(grad):
             turned = values.index_select(0, s.permutation)
-            dx = self.forward(grad, turned, s.starts_t, s.columns_t, None)[0]
+            dx = self.product(grad, turned, s.starts_t, s.columns_t, None)
         if needs[1]:
             size, zeros = (s.outputs, s.inputs), torch.zeros_like(values)
             pattern = torch.sparse_csr_tensor(s.starts, s.columns, zeros, size, check_invariants=False)
@@ -146,13 +143,6 @@ class NativeBackend(Backend):
     def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
         """See `Backend.scatter`."""
         product_calls.scatter(self.library, values, s.starts, s.columns, into)
-
-    def forward(
-        self, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Backend.forward`."""
-        panels = product_calls.pack(self.library, x)
-        return product_calls.spmm(self.library, panels, len(x), starts, columns, values, bias), panels
 
     def linear_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_rigl.compute.backends import NativeBackend
+from lightning_rigl.compute.backends import NativeBackend, TorchBackend
 from lightning_rigl.compute.operators import backend_of
 from lightning_rigl.kernels import product_calls
 
@@ -47,7 +47,7 @@ def linear(
         y = (_compressed(values, starts, columns, inputs) @ flat[0]).unsqueeze(0)
         y = y if bias is None else y.add_(bias)
     else:
-        y = kernels.forward(flat, values, starts, columns, bias)[0]
+        y = TorchBackend.product(flat, values, starts, columns, bias)
     return y if x.dim() == 2 else y.view(shape)
 
 

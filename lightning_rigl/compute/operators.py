@@ -1,8 +1,8 @@
 """Operators of torch, so that compilers, exporters and FLOP counters see sparse products.
 
-``lightning_rigl::spmm`` is the product of inference; ``linear_forward`` and ``linear_backward`` are the
-passes of a layer whose weight is a dense parameter. They know shapes on meta tensors, and count 2 FLOPs for
-each connection and sample.
+``lightning_rigl::linear_forward`` and ``linear_backward`` are the passes of a layer whose weight is a dense
+parameter; `lightning_rigl.compute.inference` has those of inference. They know shapes on meta tensors, and
+count 2 FLOPs for each connection and sample.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_rigl.compute.backends import Backend, TorchBackend, is_finite, native
+from lightning_rigl.compute.backends import Backend, TorchBackend, native
 from lightning_rigl.compute.structure import Structure
 
 _LIBRARY: Any = torch.library.Library("lightning_rigl", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "spmm(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, str backend) -> Tensor"
-)
 _LIBRARY.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] indices, str backend) "
     "-> (Tensor, Tensor, Tensor)"
@@ -49,15 +46,6 @@ def backend_of(name: str) -> Backend:
     if found is None:
         raise RuntimeError("the native kernels were asked for, and cannot be had here; use the torch backend")
     return found
-
-
-def spmm(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None, backend: str
-) -> Tensor:
-    """X W^T + b of shape (batch, outputs), of X (batch, inputs) and compressed rows of W."""
-    if not is_finite(x):  # a dense product makes nan of the zeros, too
-        return linear(x, _dense(values, starts, columns, x.shape[1]), bias)
-    return backend_of(backend).forward(x, values, starts, columns, bias)[0]
 
 
 def linear_forward(
@@ -98,10 +86,6 @@ def _dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tens
     return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False).to_dense()
 
 
-def _spmm_shape(x: Tensor, values: Tensor, starts: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], starts.shape[0] - 1)
-
-
 def _forward_shapes(
     x: Tensor, weight: Tensor, bias: Tensor | None, indices: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,17 +111,11 @@ def _backward_shapes(
 
 
 for _name, _run, _shape in (
-    ("spmm", spmm, _spmm_shape),
     ("linear_forward", linear_forward, _forward_shapes),
     ("linear_backward", linear_backward, _backward_shapes),
 ):
     _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"lightning_rigl::{_name}", _shape, lib=_LIBRARY)
-
-
-@register_flop_formula(torch.ops.lightning_rigl.spmm)
-def _spmm_flops(x: Any, values: Any, *rest: Any, **named: Any) -> int:
-    return 2 * int(x[0]) * int(values[0])
 
 
 @register_flop_formula(torch.ops.lightning_rigl.linear_forward)
@@ -147,14 +125,6 @@ def _forward_flops(x: Any, weight: Any, bias: Any, indices: Any, *rest: Any, **n
 
 @register_flop_formula(torch.ops.lightning_rigl.linear_backward)
 def _backward_flops(
-    grad: Any,
-    x: Any,
-    kept: Any,
-    values: Any,
-    indices: Any,
-    of_x: bool,
-    of_weight: bool,
-    *rest: Any,
-    **named: Any,
+    grad: Any, kept: Any, values: Any, indices: Any, of_x: bool, of_weight: bool, *rest: Any, **named: Any
 ) -> int:
     return 2 * int(grad[0]) * int(values[0]) * (int(of_x) + int(of_weight))

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_rigl.compute import backends
 from lightning_rigl.export import sparse_model as module
-from lightning_rigl.export.sparse_model import sparse, sparse_report
 from lightning_rigl.export.sparse_layers import SparseConv1x1, SparseLinear
+from lightning_rigl.export.sparse_model import sparse, sparse_report
 from lightning_rigl.kernels import library
 
 
