@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint types docs bench mnist methods clean
+.PHONY: demo test test-all lint types docs bench bench-speed mnist methods clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,13 @@ docs: .venv/.installed
 bench: .venv/.installed  ## the cost of masking, of one update and of counting, stored under benchmarks/results
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/flops.py
+
+bench-speed: .venv/.installed  ## sparse products beside dense ones: training, inference, files (half an hour)
+	$(BIN)/python benchmarks/training_speed.py mlp
+	$(BIN)/python benchmarks/training_speed.py vit
+	$(BIN)/python benchmarks/inference_speed.py mlp
+	$(BIN)/python benchmarks/inference_speed.py vit
+	$(BIN)/python benchmarks/checkpoint_size.py
 
 methods: .venv/.installed  ## the studies of all methods: make methods STUDY=all DATA_DIR=folder (each under 90 minutes)
 	$(BIN)/python benchmarks/methods.py $(STUDY) --data-dir $(DATA_DIR)

@@ -42,14 +42,15 @@ def run(text, name, read_printed):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_python_blocks_run(page, capsys, monkeypatch):
+def test_the_python_blocks_run(page, capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
     run(page.read_text(), str(page.relative_to(ROOT)), lambda: capsys.readouterr().out)
 
 
 def test_the_pages_that_promise_code_have_some():
     code = {page.stem: [line for line, language, _ in blocks(page.read_text())] for page in PAGES}
-    promising = "README index choose lottery-tickets recipes how-it-works flops write-a-method"
+    promising = "README index choose lottery-tickets recipes how-it-works flops speed write-a-method"
     for page in promising.split():
         assert code[page], page
 
