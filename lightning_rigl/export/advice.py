@@ -96,8 +96,8 @@ def advise(model: nn.Module, example: Any, seconds: float = 10.0, compile: bool 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
         >>> advice = advise(model, torch.randn(8, 20), seconds=0.1, compile=False)
-        >>> [variant.name for variant in advice.variants]
-        ['dense', 'compacted', 'sparse torch', 'sparse native', 'compacted and sparse']
+        >>> tuple(variant.name for variant in advice.variants)
+        ('dense', 'compacted', 'sparse torch', 'sparse native', 'compacted and sparse')
     """
     if not seconds > 0:
         raise ValueError(f"seconds: how long to measure, above 0, got {seconds!r}")

@@ -35,9 +35,11 @@ def pack_checkpoint(checkpoint: Mapping[str, Any], masks: Mapping[str, Tensor]) 
         >>> weight = torch.zeros(8, 16)
         >>> weight[0, 0] = 1.0
         >>> packed = pack_checkpoint({"state_dict": {"weight": weight}}, {"weight": weight != 0})
-        >>> packed["state_dict"]["weight"]["values"]
+        >>> entry, = packed["state_dict"].values()
+        >>> entry["values"]
         tensor([1.])
-        >>> unpack_checkpoint(packed)["state_dict"]["weight"].equal(weight)
+        >>> unpacked, = unpack_checkpoint(packed)["state_dict"].values()
+        >>> unpacked.equal(weight)
         True
     """
     if MARK in checkpoint:

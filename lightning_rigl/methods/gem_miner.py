@@ -56,8 +56,8 @@ class GemMiner(Method):
     Example:
         >>> GemMiner(penalty=3e-5).schedule.policy
         'after_step'
-        >>> [freeze(1000, 1000, 100, 0.0, 0.5), freeze(316, 1000, 100, 0.5, 1.0)]
-        [684, 216]
+        >>> freeze(1000, 1000, 100, 0.0, 0.5), freeze(316, 1000, 100, 0.5, 1.0)
+        (684, 216)
     """
 
     penalty: float = 1e-5

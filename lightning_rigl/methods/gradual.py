@@ -33,8 +33,8 @@ class Gradual(Method):
         ICLR 2018 workshop, arXiv:1710.01878, equation (1).
 
     Example:
-        >>> [remaining(1000, 100, progress) for progress in (0.0, 0.1, 0.5, 0.9, 1.0)]
-        [1000, 757, 213, 101, 100]
+        >>> tuple(remaining(1000, 100, progress) for progress in (0.0, 0.1, 0.5, 0.9, 1.0))
+        (1000, 757, 213, 101, 100)
     """
 
     starts_dense = True
