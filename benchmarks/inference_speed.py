@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dense_baseline import fair, start_fair
-from lightning_rigl.export.sparse import sparse
+from lightning_rigl.export.sparse_model import sparse
 from machine import describe, store
 from vision_transformer import ViT
 
