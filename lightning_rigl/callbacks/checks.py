@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.prune import is_pruned
 from torch.optim import LBFGS
 
+from lightning_rigl.compute.optimizers import ActiveStep
 from lightning_rigl.model.layers import select
 from lightning_rigl.model.sparsifier import Sparsifier
 
@@ -54,6 +55,18 @@ def refuse_optimizers(trainer: Trainer) -> None:
             "RigLCallback does not work with LBFGS: its history mixes all weights, and it evaluates several "
             "gradients a step; use a first-order optimizer such as SGD or AdamW"
         )
+    if any(
+        isinstance(optimizer, ActiveStep) and optimizer.active_gradients for optimizer in trainer.optimizers
+    ):
+        for what, reason in (
+            (trainer.gradient_clip_val, f"gradient_clip_val={trainer.gradient_clip_val}"),
+            (trainer.world_size > 1, f"{trainer.world_size} processes"),
+        ):
+            if what:
+                raise MisconfigurationException(
+                    f"active_gradients=True makes sparse gradients, and torch cannot do this with them: "
+                    f"{reason}; leave active_gradients out"
+                )
 
 
 def refuse_shared(

@@ -77,8 +77,8 @@ class RigLCallback(Callback):
         compute: how linear layers compute while fitting: dense, as the model does it; native or torch, by
             products that skip the zeros, on the CPU in float32 (docs/speed.md); auto, by the better of these
             where a layer gains.
-        pack_checkpoints: write checkpoints without the zeros, an eighth as large at 90 %; they resume here,
-            and `lightning_rigl.export.unpack_checkpoint` makes plain ones of them.
+        pack_checkpoints: write checkpoints without the zeros, an eighth as large at 90 %. They are read
+            where this is set; `lightning_rigl.export.unpack_checkpoint` makes plain ones of them.
 
     Raises:
         ValueError: bad input, before anything is changed.
@@ -239,6 +239,10 @@ class RigLCallback(Callback):
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
         sparsifier.engage(trainer.global_step)
+        if sparsifier.compute.asked and str(trainer.precision) not in ("32", "32-true"):
+            self._say(
+                f"precision={trainer.precision!r}: products that skip zeros are float32, all others are dense"
+            )
         for words in sparsifier.compute.words:
             self._say(words)
         if self._held_out:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
+from lightning_rigl.compute import crossover
 from lightning_rigl.compute.compiled import sparse_linear
 from lightning_rigl.compute.operators import backend_of
 from lightning_rigl.compute.structure import Structure
 
+_PROBES = 256  # places of a gradient that are looked at
 _BUFFERS = 2  # for gradients; a second one serves micro-batches and a layer that is used twice
 
 
@@ -26,12 +30,13 @@ class SparseProduct:
         parameter: float32 on the CPU, of shape (outputs, inputs); inactive weights are zero.
         mask: bool, its shape.
         backend: ``torch`` or ``native``.
-        least_rows: inputs of fewer rows are left to the dense product.
+        rule: from how many rows of input on the product is sparse; None: always.
     """
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor, backend: str, least_rows: int = 1) -> None:
-        self.parameter, self.backend = parameter, backend
-        self._least = least_rows * parameter.shape[1]  # numbers of an input
+    def __init__(
+        self, parameter: nn.Parameter, mask: Tensor, backend: str, rule: crossover.Rule | None = None
+    ) -> None:
+        self.parameter, self.backend, self._rule = parameter, backend, rule
         self.dense_gradient = False  # whether backward passes give the gradient of inactive connections, too
         self.partial = False  # whether one of them has left it out
         self.active_gradient = False  # whether the gradient is a sparse tensor, of active connections
@@ -40,12 +45,28 @@ class SparseProduct:
 
     def renew(self, mask: Tensor) -> None:
         """Take another mask; the weights are those of that mask by now."""
-        self.structure: Structure = self.kernels.structure(mask)
+        self._mask = mask
+        self._structure: Structure | None = None
         self._buffers: list[tuple[Tensor, int]] = []  # zero where inactive, as long as the version is this
+        size, count = mask.numel(), int(mask.count_nonzero())
+        rows = 1 if self._rule is None else crossover.least_rows(size, count, self._rule)
+        self._least = math.inf if rows is None else rows * mask.shape[1]  # numbers of an input
+        places = torch.arange(0, size, size // _PROBES | 1, device=mask.device)
+        self._probes = places[~mask.view(-1)[places]]
+        if rows is not None:
+            self._structure = self.kernels.structure(mask)
+
+    @property
+    def structure(self) -> Structure:
+        """Where the connections are."""
+        if self._structure is None:
+            self._structure = self.kernels.structure(self._mask)
+        return self._structure
 
     def compiled(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as an operator that compilers see; its gradient is a tensor of its own."""
-        self.partial = not self.dense_gradient
+        if not self.dense_gradient:
+            self.partial = True
         s, flat = self.structure, x.reshape(-1, x.shape[-1])
         indices = s.starts, s.columns, s.starts_t, s.columns_t, s.permutation
         dense = self.dense_gradient
@@ -60,12 +81,18 @@ class SparseProduct:
             and x.device.type == "cpu"
             and x.shape[-1:] == weight.shape[1:]
             and x.numel() >= self._least
+            and weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
         )
 
     def is_plain(self, x: Tensor) -> bool:
-        """Whether x is a tensor of its own kind, in no functional transform."""
-        return type(x) in (Tensor, nn.Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+        """Whether x is a tensor of its own kind, in no functional transform, forward mode or export."""
+        return (
+            type(x) in (Tensor, nn.Parameter)
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and forward_ad._current_level < 0
+            and not torch.onnx.is_in_onnx_export()
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of x of shape (..., inputs) the product, (..., outputs)."""
@@ -98,9 +125,14 @@ class SparseProduct:
         return torch.sparse_coo_tensor(s.indices, values, size, is_coalesced=True, check_invariants=False)
 
     def wrote(self, grad: Tensor) -> bool:
-        """Whether a gradient is what a backward pass gave, unchanged: zero where inactive."""
+        """Whether a gradient is what a backward pass gave, unchanged: zero where inactive.
+
+        A change through ``.data`` bumps no version: some inactive places are looked at for one of all.
+        """
         return grad.is_sparse or any(
-            grad.data_ptr() == buffer.data_ptr() and buffer._version == version
+            grad.data_ptr() == buffer.data_ptr()
+            and buffer._version == version
+            and not grad.view(-1)[self._probes].any()
             for buffer, version in self._buffers
         )
 
@@ -132,7 +164,11 @@ class _Linear(torch.autograd.Function):
         product, s = ctx.product, ctx.structure
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dbias = grad.sum(0) if of_bias else None
-        if torch.is_grad_enabled() or s is not product.structure:  # a graph of it; a mask that is gone
+        if (
+            torch.is_grad_enabled()  # a graph of the gradient
+            or s is not product.structure  # a mask that is gone
+            or torch._C._functorch.is_legacy_batchedtensor(grad)  # several gradients at once
+        ):
             return grad @ weight if of_x else None, grad.t() @ x if of_weight else None, dbias, None
         dense = of_weight and product.dense_gradient
         active, into = of_weight and not dense, None

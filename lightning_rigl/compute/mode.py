@@ -37,7 +37,6 @@ class SparseCompute:
 
     Attributes:
         asked: whether anything but ``dense`` was asked for.
-        backends: name of each layer -> ``torch``, ``native``, or ``dense``.
         words: what a user should know of it; empty if nothing.
     """
 
@@ -45,25 +44,20 @@ class SparseCompute:
         self._model, self._layers = model, layers
         self.asked = compute != "dense"
         self.words: list[str] = []
-        backend = self._backend(compute)
-        rules = crossover.SAFE if compute == "auto" else crossover.ASKED
-        self._rows = {name: self._least_rows(layer, backend, rules) for name, layer in layers.items()}
-        self._chosen = backend
-        self.backends = {name: "dense" if rows is None else backend for name, rows in self._rows.items()}
+        self._backend = self._choice(compute)
+        self._rules = crossover.SAFE if compute == "auto" else crossover.ASKED
 
     @property
     def cells(self) -> dict[str, str]:
-        """Name of each layer -> its backend, and from how many rows of input on it is used, for a table."""
-        return {
-            name: "dense"
-            if rows is None
-            else f"{self._chosen} from {rows} rows"
-            if rows > 1
-            else self._chosen
-            for name, rows in self._rows.items()
-        }
+        """Name of each layer -> how it computes, and from how many rows of input on, for a table."""
+        cells = dict.fromkeys(self._layers, "dense")
+        for name, layer in self._able().items():
+            rows = crossover.least_rows(layer.parameter.numel(), layer.count, self._rules[self._backend])
+            if rows is not None:
+                cells[name] = self._backend + (f" from {rows} rows" if rows > 1 else "")
+        return cells
 
-    def _backend(self, compute: Compute) -> str:
+    def _choice(self, compute: Compute) -> str:
         if compute in ("auto", "native"):
             if native() is not None:
                 return "native"
@@ -73,26 +67,23 @@ class SparseCompute:
             )
         return "dense" if compute == "dense" else "torch"
 
-    def _least_rows(
-        self, layer: SparseLayer, backend: str, rules: Mapping[str, crossover.Rule]
-    ) -> int | None:
-        weight = layer.parameter
-        plain = (
-            not sharding.is_sharded(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
-        )
-        if backend == "dense" or not plain or not switch.able(self._model, weight):
-            return None
-        return crossover.least_rows(weight.numel(), layer.count, rules[backend])
+    def _able(self) -> dict[str, SparseLayer]:
+        """Layers that may compute sparsely, by what does not change in a run."""
+        able = {}
+        for name, layer in self._layers.items() if self._backend != "dense" else ():
+            weight = layer.parameter
+            plain = not sharding.is_sharded(weight) and weight.is_contiguous()
+            if plain and weight.device.type == "cpu" and weight.dtype == torch.float32:
+                able[name] = layer
+        return {name: x for name, x in able.items() if switch.able(self._model, x.parameter)}
 
     def begin(self) -> None:
         """Let the layers compute sparsely; the model is trained from here on."""
         products: dict[nn.Module, SparseProduct] = {}
-        for name, backend in self.backends.items():
-            layer = self._layers[name]
-            if backend != "dense":
-                rows = self._rows[name] or 1
-                layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, backend, rows)
-                products.update(dict.fromkeys(switch.able(self._model, layer.parameter), layer.product))
+        for layer in self._able().values():
+            rule = self._rules[self._backend]
+            layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, self._backend, rule)
+            products.update(dict.fromkeys(switch.able(self._model, layer.parameter), layer.product))
         switch.on(products)
 
     def end(self) -> None:

@@ -53,16 +53,26 @@ class ActiveStep(Optimizer):
     def renew(self, changed: Mapping[nn.Parameter, Tensor]) -> None:
         """Follow new masks: state of connections that stay is kept, and fresh at ``changed`` positions."""
         for parameter, where in changed.items():
-            product, state = self._products.get(parameter), self.state.get(parameter, {})
-            old = self._structures.get(parameter)
-            if product is None or old is None:
-                continue
-            new = product.structure
-            fresh = where.reshape(-1)[new.places]
-            for key in [k for k in _PER_WEIGHT if _is_compact(state.get(k), parameter)]:
-                carried = topology_calls.carry(_library(product), state[key], new.inputs, old.rows, new.rows)
-                state[key] = carried.masked_fill_(fresh, 0.0)
-            self._structures[parameter] = new
+            product = self._products.get(parameter)
+            if product is not None and self._follow(parameter, product):
+                fresh = where.reshape(-1)[product.structure.places]
+                for value in self._compacted(parameter).values():
+                    value.masked_fill_(fresh, 0.0)
+
+    def _follow(self, parameter: nn.Parameter, product: SparseProduct) -> bool:
+        """Bring the state into the order of the connections that there are now; whether there is one."""
+        old, new = self._structures.get(parameter), product.structure
+        self._structures[parameter] = new
+        compacted = self._compacted(parameter)
+        if old is not None and old is not new:
+            for key, value in compacted.items():
+                carried = topology_calls.carry(_library(product), value, new.inputs, old.rows, new.rows)
+                self.state[parameter][key] = carried
+        return bool(compacted)
+
+    def _compacted(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state.get(parameter, {})
+        return {key: state[key] for key in _PER_WEIGHT if _is_compact(state.get(key), parameter)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,6 +111,7 @@ class ActiveStep(Optimizer):
         self, parameter: nn.Parameter, product: SparseProduct, keys: tuple[str, ...]
     ) -> list[Tensor]:
         """State of the active connections: made, or taken over from a dense run."""
+        self._follow(parameter, product)
         state, found = self.state[parameter], []
         for key in keys:
             value = state.get(key)
@@ -116,7 +127,6 @@ class ActiveStep(Optimizer):
                 )
             state[key] = value
             found.append(value)
-        self._structures[parameter] = product.structure
         return found
 
     def _refuse_foreign(self, parameter: nn.Parameter) -> None:

@@ -13,6 +13,7 @@ from lightning_rigl.compute.linear import SparseProduct, product_of
 
 _KEY = "_lightning_rigl_product"
 _variants: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
+_owns: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()  # the other way round
 
 
 class _Sparse:
@@ -25,16 +26,23 @@ class _Sparse:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the layer's own class, and are read without this package."""
+        cls: Any = type(self)
+        if cls not in _owns:  # somebody has put a class of theirs before it
+            return super().__reduce_ex__(protocol)
         reduced: Any = plain_twin(self).__reduce_ex__(protocol)
         made, args, *state = reduced
         if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle refuses it for another class
             made, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
         return made, args, *state
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles."""
+        return plain_twin(self)
+
 
 def plain_twin(layer: Any) -> nn.Module:
     """A module of the layer's own class that shares all it has but the sparse product."""
-    own = _own_class(layer)
+    own: Any = _owns.get(type(layer), type(layer))
     twin: nn.Module = own.__new__(own)
     vars(twin).update({name: value for name, value in vars(layer).items() if name != _KEY})
     return twin
@@ -65,22 +73,20 @@ def able(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
 def on(layers: Mapping[nn.Module, SparseProduct]) -> None:
     """Let these linear layers compute with their sparse products."""
     for layer, product in layers.items():
-        own: Any = _own_class(layer)
+        own: Any = _owns.get(type(layer), type(layer))
         if own not in _variants:
             names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
             _variants[own] = type(own.__name__, (_Sparse, own), names)
+            _owns[_variants[own]] = own
         layer.__class__ = _variants[own]
         vars(layer)[_KEY] = product
 
 
 def off(model: nn.Module) -> None:
-    """Give all layers of a model back to their own classes."""
+    """Give all layers of a model back to their own classes.
+
+    One whose class somebody else has changed since computes densely, and keeps that class.
+    """
     for layer in model.modules():
-        if isinstance(layer, _Sparse):
-            layer.__class__ = _own_class(layer)
-            vars(layer).pop(_KEY, None)
-
-
-def _own_class(layer: Any) -> Any:
-    cls: Any = type(layer)
-    return cls.__mro__[2] if issubclass(cls, _Sparse) else cls
+        if vars(layer).pop(_KEY, None) is not None and type(layer) in _owns:
+            layer.__class__ = _owns[type(layer)]

@@ -280,7 +280,7 @@ class Sparsifier:
         due = self._due(own, step, clock)
         due = due and not (self.method.gradient != "never" and mode.is_partial(own))
         mode.stepped(own)
-        mode.attach(optimizer, own, self.growth)
+        mode.attach(optimizer, () if self.method.latent else own, self.growth)
         if due and self._reads and not self._gradients_are_finite(own):
             self.postponed += 1
             due = False

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from lightning_rigl import FLOPsCallback, RigLCallback, UpdateSchedule
+from lightning_rigl import ActiveSGD, FLOPsCallback, RigLCallback, UpdateSchedule
 from lightning_rigl.compute import crossover, mode
 from lightning_rigl.compute.linear import SparseProduct
 from lightning_rigl.kernels import library
@@ -148,7 +148,8 @@ def test_manual_optimization(compute):
 
 
 def test_mixed_precision_is_dense_in_words(compute):
-    module, _, losses = fit(compute, precision="bf16-mixed")
+    with pytest.warns(UserWarning, match="products that skip zeros are float32"):
+        module, _, losses = fit(compute, precision="bf16-mixed")
     assert type(module.net[0]) is nn.Linear
     _, _, dense = fit("dense", precision="bf16-mixed")
     assert losses.losses == dense.losses
@@ -199,3 +200,12 @@ def test_a_missing_compiler_is_said_once(monkeypatch, compute):
 def test_another_way_to_compute_is_refused():
     with pytest.raises(ValueError, match="compute: one of dense, auto, torch, native, got 'gpu'"):
         RigLCallback(compute="gpu")
+
+
+@pytest.mark.parametrize("settings", [{"gradient_clip_val": 0.5}, {"strategy": "ddp_fork", "devices": 2}])
+def test_what_sparse_gradients_cannot_do_is_refused(settings):
+    def make(parameters):
+        return ActiveSGD(parameters, 0.1, active_gradients=True)
+
+    with pytest.raises(Exception, match="leave active_gradients out"):
+        fit("dense", small(optimizer=make), **settings)

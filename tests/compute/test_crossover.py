@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from lightning_rigl import Sparsifier
-from lightning_rigl.compute.crossover import ASKED, SAFE, least_rows
+from lightning_rigl.compute.crossover import ASKED, SAFE, Rule, least_rows
 from lightning_rigl.compute.linear import SparseProduct
 
 
@@ -23,7 +23,7 @@ def test_a_layer_that_is_too_dense_or_too_small_never_gains():
 def test_an_input_of_few_rows_is_left_to_the_dense_product():
     mask = torch.rand(8, 6) < 0.3
     weight = nn.Parameter(torch.randn(8, 6) * mask)
-    product = SparseProduct(weight, mask, "torch", least_rows=12)
+    product = SparseProduct(weight, mask, "torch", Rule(1.0, 0, 48 * 12 * (1 - int(mask.sum()) / 48)))
     assert not product.fits(torch.randn(11, 6), weight)
     assert product.fits(torch.randn(12, 6), weight)
     assert product.fits(torch.randn(3, 4, 6), weight)

@@ -125,16 +125,20 @@ def test_start_and_release(backend, any_size):
 
 def test_small_and_dense_layers_stay_dense(backend):
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    sparsifier = Sparsifier(model, {"0.weight": 0.95, "2.weight": 0.5}, seed=0, compute=backend)
-    assert sparsifier.compute.backends == {"0.weight": backend, "2.weight": "dense"}
+    sparsifier = Sparsifier(model, {"0.weight": 0.98, "2.weight": 0.5}, seed=0, compute=backend)
+    assert [cell.split()[0] for cell in sparsifier.compute.cells.values()] == [backend, "dense"]
 
 
 def test_layers_that_are_not_plain_stay_dense(any_size):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.GRU(8, 8))
     sparsifier = Sparsifier(model, 0.5, seed=0, compute="torch")
-    assert {k for k, b in sparsifier.compute.backends.items() if b == "torch"} == {"2.weight"}
+    assert {k for k, b in sparsifier.compute.cells.items() if b == "torch"} == {"2.weight"}
     double = Sparsifier(nn.Sequential(nn.Linear(8, 8)).double(), 0.5, seed=0, compute="torch")
-    assert double.compute.backends == {"0.weight": "dense"}
+    assert double.compute.cells == {"0.weight": "dense"}
+    turned = nn.Sequential(nn.Linear(8, 8))
+    turned[0].weight = nn.Parameter(torch.randn(8, 8).t())
+    sparsifier = Sparsifier(turned, 0.5, seed=0, compute="torch")
+    assert sparsifier.compute.cells == {"0.weight": "dense"}
 
 
 def test_without_native_kernels_torch_is_taken_and_it_is_said(monkeypatch, any_size):
@@ -142,7 +146,7 @@ def test_without_native_kernels_torch_is_taken_and_it_is_said(monkeypatch, any_s
     monkeypatch.setattr(library, "why_not", lambda: "there is no compiler")
     for compute in ("native", "auto"):
         sparsifier = Sparsifier(net(), 0.8, seed=0, compute=compute)
-        assert set(sparsifier.compute.backends.values()) == {"torch"}
+        assert set(sparsifier.compute.cells.values()) == {"torch"}
         [words] = sparsifier.compute.words
         assert "there is no compiler" in words
 
@@ -150,3 +154,43 @@ def test_without_native_kernels_torch_is_taken_and_it_is_said(monkeypatch, any_s
 def test_another_way_to_compute_is_refused():
     with pytest.raises(ValueError, match="compute: one of dense, auto, torch, native, got 'cuda'"):
         Sparsifier(net(), compute="cuda")
+
+
+def test_layers_that_become_sparse_or_dense_in_training_are_looked_at_again(backend):
+    """Gradual pruning starts dense; here its layer is sparse enough after the last update."""
+    model = nn.Sequential(nn.Linear(512, 512))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = UpdateSchedule(every=2, begin=0, end=6, policy="after_step")
+    sparsifier = Sparsifier(model, 0.97, "gradual", schedule=schedule, seed=0, compute=backend)
+    sparsifier.start(8)
+    cells = []
+    for step in range(8):
+        cells.append(sparsifier.compute.cells["0.weight"].split()[0])
+        optimizer.zero_grad()
+        model(torch.randn(300, 512)).square().mean().backward()
+        sparsifier.before_step(optimizer, step)
+        optimizer.step()
+        sparsifier.after_step()
+    assert cells[0] == "dense"
+    assert cells[-1] == backend
+    product = sparsifier.layers["0.weight"].product
+    assert product.fits(torch.randn(300, 512), model[0].weight)
+
+
+def test_a_gradient_that_was_changed_through_data_is_masked(backend, any_size):
+    """Such a change bumps no version counter."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, 0.8, "static", seed=0, compute=backend)
+    sparsifier.start(STEPS)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(16, 20)).square().mean().backward()
+        if step == 1:
+            for parameter in sparsifier.parameters.values():
+                parameter.grad.data.add_(1.0)
+        sparsifier.before_step(optimizer, step)
+        for name, mask in sparsifier.masks.items():
+            assert not sparsifier.parameters[name].grad[~mask].any()
+        optimizer.step()
+        assert not sparsifier.layers.has_strays()

@@ -161,3 +161,41 @@ def test_regrown_connections_are_fresh_on_request(any_size):
     expected, _, _ = train(lambda p: torch.optim.SGD(p, foreach=False, **settings), "set", growth=growth)
     found, _, _ = train(lambda p: ActiveSGD(p, **settings), "set", growth=growth)
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["dnw", "edgepopup", "gemminer"])
+@pytest.mark.parametrize("pair", [(torch.optim.SGD, ActiveSGD), (torch.optim.AdamW, ActiveAdamW)])
+def test_methods_that_train_something_else_are_stepped_by_torch(any_size, method, pair):
+    dense, active = (train(lambda p, make=make: make(p, lr=0.05), method, schedule=None)[0] for make in pair)
+    assert_equal(active, dense)
+
+
+def test_state_follows_masks_that_were_loaded(any_size):
+    """Of the same number of connections: only their places tell."""
+    make = lambda p: ActiveSGD(p, 0.1, 0.9)  # noqa: E731
+    _, _, other = train(make, stop=10)
+    model, optimizer, sparsifier = train(make, stop=10)
+    before = {
+        name: optimizer.state[p]["momentum_buffer"].clone() for name, p in sparsifier.parameters.items()
+    }
+    masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    state = copy.deepcopy(other.state_dict())
+    other_masks = Sparsifier(net(), 0.8, seed=5, init=masks).masks  # the same counts
+    moved = {name: mask.view(-1).roll(1).view(mask.shape) for name, mask in other_masks.items()}
+    from lightning_rigl.model import mask_files
+
+    sparsifier.load_state_dict({**state, "masks": mask_files.pack_masks(moved)})
+    sparsifier.engage(10)
+    optimizer.zero_grad()
+    model(torch.zeros(4, 20)).sum().backward()
+    sparsifier.before_step(optimizer, 10)
+    optimizer.step()
+    for name, p in sparsifier.parameters.items():
+        momentum = torch.zeros_like(p)
+        momentum[moved[name]] = optimizer.state[p]["momentum_buffer"]
+        old = torch.zeros_like(p)
+        old[masks[name]] = before[name]
+        both = masks[name] & moved[name]
+        if name == "0.weight":  # its inputs are zero: no gradient was added
+            torch.testing.assert_close(momentum[both], 0.9 * old[both])
+            assert not momentum[moved[name] & ~masks[name]].any()

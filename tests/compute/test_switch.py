@@ -145,3 +145,30 @@ def test_who_is_able():
         "head": [],
     }
     assert switch.able(model, model["attention"].out_proj.weight) == []
+
+
+def test_a_class_that_somebody_else_put_on_stays(on):
+    model, _ = on
+    second = nn.Sequential(nn.Linear(12, 8))
+    switch.on({second[0]: sparse(second[0])})
+    nn.utils.parametrizations.weight_norm(second[0])
+    x = torch.randn(3, 12)
+    expected = second(x)
+    pickled = copy.deepcopy(second)
+    switch.off(second)
+    torch.testing.assert_close(second(x), expected)
+    torch.testing.assert_close(pickled(x), expected)
+    assert nn.utils.parametrize.is_parametrized(second[0])
+
+
+def test_modes_that_have_no_sparse_product_are_dense(on):
+    model, before = on
+    x, tangent = torch.randn(3, 12), torch.randn(3, 12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(model[0](dual)).tangent
+    torch.testing.assert_close(found, tangent @ before[0].weight.t())
+    row = torch.randn(12, requires_grad=True)
+    jacobian = torch.autograd.functional.jacobian(lambda r: model[0](r[None])[0], row, vectorize=True)
+    torch.testing.assert_close(jacobian, before[0].weight.detach())
+    torch.testing.assert_close(torch.jit.script(model)(x), before(x))
