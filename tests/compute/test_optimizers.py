@@ -7,6 +7,7 @@ from torch import nn
 from lightning_rigl import Growth, Sparsifier, UpdateSchedule
 from lightning_rigl.compute.optimizers import ActiveAdamW, ActiveSGD
 from lightning_rigl.kernels import library
+from lightning_rigl.model import mask_files
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason=f"no native kernels: {library.why_not()}")
 STEPS = 24
@@ -175,16 +176,11 @@ def test_state_follows_masks_that_were_loaded(any_size):
     make = lambda p: ActiveSGD(p, 0.1, 0.9)  # noqa: E731
     _, _, other = train(make, stop=10)
     model, optimizer, sparsifier = train(make, stop=10)
-    before = {
-        name: optimizer.state[p]["momentum_buffer"].clone() for name, p in sparsifier.parameters.items()
-    }
+    buffers, parameters = optimizer.state, sparsifier.parameters
+    before = {name: buffers[p]["momentum_buffer"].clone() for name, p in parameters.items()}
     masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
-    state = copy.deepcopy(other.state_dict())
-    other_masks = Sparsifier(net(), 0.8, seed=5, init=masks).masks  # the same counts
-    moved = {name: mask.view(-1).roll(1).view(mask.shape) for name, mask in other_masks.items()}
-    from lightning_rigl.model import mask_files
-
-    sparsifier.load_state_dict({**state, "masks": mask_files.pack_masks(moved)})
+    moved = {name: mask.view(-1).roll(1).view(mask.shape) for name, mask in masks.items()}
+    sparsifier.load_state_dict({**other.state_dict(), "masks": mask_files.pack_masks(moved)})
     sparsifier.engage(10)
     optimizer.zero_grad()
     model(torch.zeros(4, 20)).sum().backward()
