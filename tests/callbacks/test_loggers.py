@@ -29,6 +29,7 @@ SETTINGS = {  # as text: a logger may keep all hyperparameters as text
     "sparsity/seed": "3",
     "sparsity/growth": "None",
     "sparsity/rescale": "None",
+    "sparsity/compute": "dense",
     "sparsity/end": "30",
 }
 
