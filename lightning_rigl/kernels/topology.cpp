@@ -177,7 +177,7 @@ LR_EXPORT void lr_and_bits(float* values, const uint8_t* bits, int64_t size, int
         uint64_t word;
         std::memcpy(&word, bits + block * 8, 8);
         for (int64_t j = 0; j < kBlock; j += lr::kWidth) {
-            auto* at = reinterpret_cast<lr::Integers*>(values + block * kBlock + j);
+            lr::Integers* at = reinterpret_cast<lr::Integers*>(values + block * kBlock + j);  // auto forgets aligned
             const int32_t some = static_cast<int32_t>(word >> j & ((1u << LR_WIDTH) - 1));
             *at &= ((lr::Integers{} + some) & lane) != 0;
         }
