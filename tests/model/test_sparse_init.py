@@ -90,7 +90,7 @@ def test_without_connections_all_is_zero(how):
 def test_a_neuron_without_inputs_keeps_its_zeros_and_does_not_touch_the_others():
     mask = torch.tensor([[True, False], [False, False], [True, True]])
     result = rescale(torch.ones(3, 2, dtype=torch.float64), mask, "neuron")
-    assert result.tolist() == [[2**0.5, 0], [0, 0], [1, 1]]
+    torch.testing.assert_close(result, torch.tensor([[2**0.5, 0], [0, 0], [1, 1]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
