@@ -234,11 +234,11 @@ class RigLCallback(Callback):
         step = self._clock.start(trainer, sparsifier.schedule, resumed)
         if resumed:
             sparsifier.layers.check_agreement()
+            sparsifier.engage(trainer.global_step)
         else:
             sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:
                 sparsifier.reset_state(optimizer)
-        sparsifier.engage(trainer.global_step)
         if sparsifier.compute.asked and str(trainer.precision) not in ("32", "32-true"):
             self._say(
                 f"precision={trainer.precision!r}: products that skip zeros are float32, all others are dense"

@@ -25,10 +25,6 @@ class Backend(ABC):
         """The weights of the connections, of shape (connections,)."""
 
     @abstractmethod
-    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
-        """Write values at the connections' places of a dense matrix; the others are left as they are."""
-
-    @abstractmethod
     def linear_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure
     ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -75,10 +71,6 @@ class TorchBackend(Backend):
         """See `Backend.gather`."""
         return weight.reshape(-1).index_select(0, s.places)
 
-    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
-        """See `Backend.scatter`."""
-        into.view(-1).index_copy_(0, s.places, values)
-
     @staticmethod
     def product(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
         """Y = X W^T + b of shape (batch, outputs), of X (batch, inputs) and compressed rows of W."""
@@ -86,7 +78,7 @@ class TorchBackend(Backend):
         weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
         y = (
             (weight @ x.t().contiguous()).t().contiguous()
-        )  # rows of features are faster; y as a dense layer's
+        )  # rows of features are faster; y as of a dense layer
         return y if bias is None else y.add_(bias)
 
     def linear_forward(
@@ -117,7 +109,7 @@ class TorchBackend(Backend):
             pattern = torch.sparse_csr_tensor(s.starts, s.columns, zeros, size, check_invariants=False)
             dvalues = torch.sparse.sampled_addmm(pattern, grad.t(), kept.t(), beta=0.0).values()
             if into is not None:
-                self.scatter(dvalues, s, into)
+                into.view(-1).index_copy_(0, s.places, dvalues)
                 dvalues = None
         return dx, dvalues
 
@@ -139,10 +131,6 @@ class NativeBackend(Backend):
     def gather(self, weight: Tensor, s: Structure) -> Tensor:
         """See `Backend.gather`."""
         return product_calls.gather(self.library, weight, s.starts, s.columns)
-
-    def scatter(self, values: Tensor, s: Structure, into: Tensor) -> None:
-        """See `Backend.scatter`."""
-        product_calls.scatter(self.library, values, s.starts, s.columns, into)
 
     def linear_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Structure

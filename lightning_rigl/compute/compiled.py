@@ -20,16 +20,11 @@ def sparse_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    starts_t: Tensor,
-    columns_t: Tensor,
-    permutation: Tensor,
+    indices: list[Tensor],
     dense_gradient: bool,
     backend: str,
 ) -> Tensor:
     """The product y = x W^T + b, of x (batch, inputs) and a weight that is zero elsewhere than there."""
-    indices = [starts, columns, starts_t, columns_t, permutation]
     return linear_forward(x, weight, bias, indices, backend)[0]
 
 
@@ -43,16 +38,11 @@ def sparse_linear_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    starts_t: Tensor,
-    columns_t: Tensor,
-    permutation: Tensor,
+    indices: list[Tensor],
     dense_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight; the latter zero where inactive, unless ``dense_gradient``."""
-    indices = [starts, columns, starts_t, columns_t, permutation]
     _, kept, values = backend_of(backend).linear_forward(x, weight, None, Structure(*indices))
     dweight = grad.t() @ x if dense_gradient else torch.zeros_like(weight)
     into = None if dense_gradient else dweight
@@ -66,31 +56,29 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *indices, dense_gradient, backend = inputs
+    x, weight, _, indices, dense_gradient, backend = inputs
     ctx.save_for_backward(x, weight, *indices)
     ctx.dense_gradient, ctx.backend = dense_gradient, backend
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *indices = ctx.saved_tensors
-    dx, dweight = sparse_linear_backward(grad, x, weight, *indices, ctx.dense_gradient, ctx.backend)
+    dx, dweight = sparse_linear_backward(grad, x, weight, indices, ctx.dense_gradient, ctx.backend)
     dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, *[None] * 7
+    return dx, dweight, dbias, [None] * len(indices), None, None
 
 
 sparse_linear.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.lightning_rigl.sparse_linear)
-def _forward_flops(
-    x: Any, weight: Any, bias: Any, starts: Any, columns: Any, *rest: Any, **named: Any
-) -> int:
-    return 2 * int(x[0]) * int(columns[0])
+def _forward_flops(x: Any, weight: Any, bias: Any, indices: Any, *rest: Any, **named: Any) -> int:
+    return 2 * int(x[0]) * int(indices[1][0])
 
 
 @register_flop_formula(torch.ops.lightning_rigl.sparse_linear_backward)
 def _backward_flops(
-    grad: Any, x: Any, weight: Any, starts: Any, columns: Any, *rest: Any, **named: Any
+    grad: Any, x: Any, weight: Any, indices: Any, dense_gradient: bool, *rest: Any, **named: Any
 ) -> int:
-    dense = int(weight[0]) * int(weight[1]) if rest[3] else int(columns[0])
-    return 2 * int(grad[0]) * (int(columns[0]) + dense)
+    count = int(indices[1][0])
+    return 2 * int(grad[0]) * (count + (int(weight[0]) * int(weight[1]) if dense_gradient else count))

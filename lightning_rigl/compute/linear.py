@@ -67,10 +67,8 @@ class SparseProduct:
         """The same as an operator that compilers see; its gradient is a tensor of its own."""
         if not self.dense_gradient:
             self.partial = True
-        s, flat = self.structure, x.reshape(-1, x.shape[-1])
-        indices = s.starts, s.columns, s.starts_t, s.columns_t, s.permutation
-        dense = self.dense_gradient
-        y: Tensor = sparse_linear(flat, self.parameter, bias, *indices, dense, self.backend)
+        flat, indices = x.reshape(-1, x.shape[-1]), self.structure.tensors
+        y: Tensor = sparse_linear(flat, self.parameter, bias, indices, self.dense_gradient, self.backend)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def fits(self, x: Tensor, weight: Tensor) -> bool:

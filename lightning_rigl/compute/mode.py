@@ -51,10 +51,10 @@ class SparseCompute:
     def cells(self) -> dict[str, str]:
         """Name of each layer -> how it computes, and from how many rows of input on, for a table."""
         cells = dict.fromkeys(self._layers, "dense")
-        for name, layer in self._able().items():
+        for layer in self._able():
             rows = crossover.least_rows(layer.parameter.numel(), layer.count, self._rules[self._backend])
             if rows is not None:
-                cells[name] = self._backend + (f" from {rows} rows" if rows > 1 else "")
+                cells[layer.name] = self._backend + (f" from {rows} rows" if rows > 1 else "")
         return cells
 
     def _choice(self, compute: Compute) -> str:
@@ -67,23 +67,26 @@ class SparseCompute:
             )
         return "dense" if compute == "dense" else "torch"
 
-    def _able(self) -> dict[str, SparseLayer]:
-        """Layers that may compute sparsely, by what does not change in a run."""
-        able = {}
-        for name, layer in self._layers.items() if self._backend != "dense" else ():
+    def _able(self) -> dict[SparseLayer, list[nn.Module]]:
+        """Layers that may compute sparsely, by what does not change in a run, and their modules."""
+        if self._backend == "dense":
+            return {}
+        modules, able = switch.able(self._model), {}
+        for layer in self._layers.values():
             weight = layer.parameter
             plain = not sharding.is_sharded(weight) and weight.is_contiguous()
-            if plain and weight.device.type == "cpu" and weight.dtype == torch.float32:
-                able[name] = layer
-        return {name: x for name, x in able.items() if switch.able(self._model, x.parameter)}
+            plain = plain and weight.device.type == "cpu" and weight.dtype == torch.float32
+            if plain and weight in modules:
+                able[layer] = modules[weight]
+        return able
 
     def begin(self) -> None:
         """Let the layers compute sparsely; the model is trained from here on."""
         products: dict[nn.Module, SparseProduct] = {}
-        for layer in self._able().values():
+        for layer, modules in self._able().items():
             rule = self._rules[self._backend]
             layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, self._backend, rule)
-            products.update(dict.fromkeys(switch.able(self._model, layer.parameter), layer.product))
+            products.update(dict.fromkeys(modules, layer.product))
         switch.on(products)
 
     def end(self) -> None:

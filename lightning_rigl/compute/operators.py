@@ -52,7 +52,7 @@ def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, indices: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a dense W: X W^T + b; X as the backward pass wants it, and the values of W."""
-    y, kept, values = backend_of(backend).linear_forward(x, weight, bias, _structure(tuple(indices)))
+    y, kept, values = backend_of(backend).linear_forward(x, weight, bias, Structure(*indices))
     if y is None:
         y = linear(x, weight, bias)
     return y, kept, values
@@ -69,15 +69,11 @@ def linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of X (batch, inputs), and of the connections; empty where not asked for or written into."""
-    s, empty = _structure(tuple(indices)), grad.new_empty(0)
+    s, empty = Structure(*indices), grad.new_empty(0)
     dx, dvalues = backend_of(backend).linear_backward(grad, kept, values, s, (of_x, of_weight), into)
     if of_x and dx is None:
         dx = grad @ _dense(values, s.starts, s.columns, s.inputs)
     return empty if dx is None else dx, empty if dvalues is None else dvalues
-
-
-def _structure(indices: tuple[Tensor, ...]) -> Structure:
-    return Structure(*indices)
 
 
 def _dense(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) -> Tensor:

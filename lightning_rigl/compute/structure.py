@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_rigl.kernels import topology_calls
 from lightning_rigl.kernels.library import Library
 
-NARROW = 1 << 16  # fewer columns than this fit 16 bits
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -24,6 +22,7 @@ class Structure:
         starts_t: int32 of shape (inputs + 1,), of the transpose.
         columns_t: of shape (connections,): the output of each connection of the transpose.
         permutation: int32 of shape (connections,): place in row-major order of each one of the transpose.
+        known_places: `places`, if they are at hand.
     """
 
     starts: Tensor
@@ -31,11 +30,13 @@ class Structure:
     starts_t: Tensor
     columns_t: Tensor
     permutation: Tensor
+    known_places: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
-        return [self.starts, self.columns, self.starts_t, self.columns_t, self.permutation]
+        """All that there are, in order: what the structure can be made of again."""
+        first = [self.starts, self.columns, self.starts_t, self.columns_t, self.permutation]
+        return first if self.known_places is None else [*first, self.known_places]
 
     @property
     def outputs(self) -> int:
@@ -65,12 +66,14 @@ class Structure:
     @cached_property
     def places(self) -> Tensor:
         """Flat indices of the connections in the dense matrix, int64."""
+        if self.known_places is not None:
+            return self.known_places
         rows = torch.arange(self.outputs, device=self.starts.device).repeat_interleave(self.starts.diff())
         return rows * self.inputs + self.columns.to(torch.int64)
 
 
 def compressed(mask: Tensor) -> Structure:
-    """The structure of a bool mask of shape (outputs, inputs), with int32 indices.
+    """The structure of a bool mask of shape (outputs, inputs), with int32 indices and known places.
 
     Example:
         >>> found = compressed(torch.tensor([[True, False, True], [False, False, True]]))
@@ -79,11 +82,11 @@ def compressed(mask: Tensor) -> Structure:
         >>> found.starts_t.tolist(), found.columns_t.tolist(), found.permutation.tolist()
         ([0, 1, 1, 3], [0, 0, 1], [0, 1, 2])
     """
-    across = mask.t().contiguous()
+    across, places = mask.t().contiguous(), mask.reshape(-1).nonzero().view(-1)
     number = mask.reshape(-1).cumsum(0, dtype=torch.int32).sub_(1).view(mask.shape)
     starts, columns = _rows(mask)
     starts_t, columns_t = _rows(across)
-    return Structure(starts, columns, starts_t, columns_t, number.t().contiguous()[across])
+    return Structure(starts, columns, starts_t, columns_t, number.t().contiguous()[across], places)
 
 
 def compressed_natively(mask: Tensor, library: Library) -> Structure:

@@ -48,10 +48,10 @@ def plain_twin(layer: Any) -> nn.Module:
     return twin
 
 
-def able(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
-    """The layers of a parameter, if all that use it are linear layers with `torch.nn.Linear`'s own product.
+def able(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """Parameters whose layers are all linear ones with `torch.nn.Linear`'s own product, and these layers.
 
-    An output projection inside attention is not: attention never calls it.
+    An output projection inside attention is not one of them: attention never calls it.
     """
     inside = {
         id(m)
@@ -59,15 +59,20 @@ def able(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
         if isinstance(attention, nn.MultiheadAttention)
         for m in attention.modules()
     }
-    users = [m for m in model.modules() if any(p is parameter for p in m.parameters(recurse=False))]
-    fits = all(
-        isinstance(m, nn.Linear)
-        and (type(m).forward is nn.Linear.forward or isinstance(m, _Sparse))
-        and m.weight is parameter
-        and id(m) not in inside
-        for m in users
-    )
-    return users if fits else []
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module)
+
+    def fits(module: nn.Module, parameter: nn.Parameter) -> bool:
+        return (
+            isinstance(module, nn.Linear)
+            and (type(module).forward is nn.Linear.forward or isinstance(module, _Sparse))
+            and module.weight is parameter
+            and id(module) not in inside
+        )
+
+    return {p: modules for p, modules in users.items() if all(fits(module, p) for module in modules)}
 
 
 def on(layers: Mapping[nn.Module, SparseProduct]) -> None:

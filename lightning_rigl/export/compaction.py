@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from lightning_rigl.export import rulebook
 from lightning_rigl.export.compact_report import CompactReport, costs
 from lightning_rigl.export.context import Context
+from lightning_rigl.export.copies import inference_copy
 from lightning_rigl.export.dead_units import Liveness, follow
 from lightning_rigl.export.feed_forward import cut_feed_forwards
 from lightning_rigl.export.shrink import shrink
-from lightning_rigl.export.trace import Run, inference_copy, trace
+from lightning_rigl.export.trace import Run, followable, trace
 
 
 class Compacted(fx.GraphModule):
@@ -80,7 +81,7 @@ def compact(model: nn.Module, example: Any) -> Compacted:
     """
     _refuse(model)
     args = example if isinstance(example, tuple) else (example,)
-    twin = _copy(model)
+    twin = followable(inference_copy(model))
     _bind(model, twin, args)
     graph, whole = trace(twin, args, lambda m: rulebook.of_module(m) is not None)
     run = Run(graph)
@@ -105,16 +106,6 @@ def _refuse(model: nn.Module) -> None:
                 f"{name} has no dense values to look at (lazy, on meta or of a sparse layout): run "
                 "a lazy module once, load the weights of one on meta, take to_dense() of a sparse tensor"
             )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return inference_copy(model)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): make what "
-            "torch.nn.utils.prune has left permanent (prune.remove), drop attributes that hold activations"
-        ) from error
 
 
 def _bind(model: nn.Module, twin: nn.Module, args: tuple[Any, ...]) -> None:

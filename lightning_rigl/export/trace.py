@@ -10,40 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
 _ASSERTIONS = ("_assert", "_assert_is_none")
 
 
-def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without the wrappers of compilation and parallel training, or a trainer.
-
-    Parametrizations are carried out and dropped: a weight under ``weight_norm`` is then an ordinary weight. A
-    bare layer of ``torch.nn`` comes inside a ``Sequential``.
-    """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch.compile
-            model = inner
-        else:
-            break
-    owners = [vars(m).get(name) for m in model.modules() for name in ("_trainer", "_fabric")]
-    twin = copy.deepcopy(model, {id(owner): None for owner in owners if owner is not None}).eval()
-    for module in list(twin.modules()):
-        if is_parametrized(module):
-            _carry_out_parametrizations(module)
-    return nn.Sequential(twin) if fx.Tracer().is_leaf_module(twin, "") else twin
-
-
-def _carry_out_parametrizations(module: Any) -> None:
-    """As torch's own removal, which would take the property from the original too: copies share its class."""
-    values = {name: getattr(module, name).detach() for name in module.parametrizations}
-    module.__class__ = type(module).__bases__[0]
-    del module.parametrizations
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value.clone()))
+def followable(model: nn.Module) -> nn.Module:
+    """The model, or, of a bare layer of ``torch.nn``, which a trace would not look into, a ``Sequential``."""
+    return nn.Sequential(model) if fx.Tracer().is_leaf_module(model, "") else model
 
 
 class _Tracer(fx.Tracer):

@@ -37,25 +37,22 @@ inline uint64_t bits_of(lr::Integers lanes) {
 }
 
 // Integers in the scores' order: every nan above infinity and equal to each other, -0.0 equal to 0.0.
-template <bool Magnitude>
 inline lr::Integers keys_of(lr::Integers bits) {
-    const lr::Integers magnitude = bits & kNan, sign = Magnitude ? lr::Integers{} : bits >> 31;
+    const lr::Integers magnitude = bits & kNan, sign = bits >> 31;
     const lr::Integers key = (magnitude ^ sign) - sign;
     return magnitude > kInfinity ? lr::Integers{} + kNan : key;
 }
 
-template <bool Magnitude>
 inline Key key_at(const float* scores, int64_t place) {
     Key bits;
     std::memcpy(&bits, scores + place, 4);
-    const Key magnitude = bits & kNan, sign = Magnitude ? 0 : bits >> 31;
+    const Key magnitude = bits & kNan, sign = bits >> 31;
     return magnitude > kInfinity ? kNan : (magnitude ^ sign) - sign;
 }
 
 struct Task {
     const float* scores;
     const uint8_t* among;
-    uint8_t outside;  // 1: the candidates are those that `among` does not mark, and those marked are kept
     int64_t size, count;
     uint8_t* chosen;
     int parts;
@@ -73,9 +70,7 @@ struct Bracket {
 };
 
 // Chooses what is above the bracket, gathers what is inside it, as far as there is room.
-template <bool Magnitude>
 Part sweep(const Task& task, Bracket bracket, int part, int64_t room, Key* keys, int64_t* places) {
-    const uint64_t flipped = task.outside ? ~uint64_t{0} : 0;
     const int64_t begin = task.begin(part), end = task.end(part);
     Part seen{0, 0};
     float rest[kBlock] = {};
@@ -90,18 +85,16 @@ Part sweep(const Task& task, Bracket bracket, int part, int64_t room, Key* keys,
         const uint8_t* among = task.among + place;
         for (int64_t j = 0; j < kBlock; j += 16) __builtin_prefetch(scores + kAhead + j);
         __builtin_prefetch(among + kAhead);
-        const uint64_t marked = full ? lr::word_of(among) : lr::word_of(among, length);
-        const uint64_t candidates = (marked ^ flipped) & (full ? ~uint64_t{0} : (uint64_t{1} << length) - 1);
+        const uint64_t candidates = full ? lr::word_of(among) : lr::word_of(among, length);
         uint64_t above = 0, reached = 0;
         for (int64_t j = 0; j < kBlock; j += lr::kWidth) {
-            const lr::Integers lanes = keys_of<Magnitude>(*reinterpret_cast<const lr::Integers*>(scores + j));
+            const lr::Integers lanes = keys_of(*reinterpret_cast<const lr::Integers*>(scores + j));
             above |= bits_of(lanes > bracket.high) << j;
             reached |= bits_of(lanes >= bracket.low) << j;
         }
         above &= candidates;
         uint64_t inside = reached & candidates & ~above;
         seen.above += __builtin_popcountll(above);
-        above |= marked & flipped;
         full ? lr::spread(above, task.chosen + place) : lr::spread(above, task.chosen + place, length);
         if (seen.inside + kBlock > room) {  // only counted from here on
             seen.inside += __builtin_popcountll(inside);
@@ -109,7 +102,7 @@ Part sweep(const Task& task, Bracket bracket, int part, int64_t room, Key* keys,
         }
         for (; inside; inside &= inside - 1) {
             const int64_t found = place + __builtin_ctzll(inside);
-            keys[seen.inside] = key_at<Magnitude>(task.scores, found);
+            keys[seen.inside] = key_at(task.scores, found);
             places[seen.inside++] = found;
         }
     }
@@ -165,7 +158,6 @@ Key threshold(const Key* keys, int64_t size, Bracket bracket, int64_t& count, Ke
 }
 
 // A bracket that almost surely holds the threshold, from a sample with one candidate in each stretch.
-template <bool Magnitude>
 Bracket guess(const Task& task, int64_t available) {
     const double enough = static_cast<double>(available) / kSample;  // scores for each one looked at
     const int64_t stretch = lr::most(128, static_cast<int64_t>(enough)), stretches = task.size / stretch;
@@ -184,7 +176,7 @@ Bracket guess(const Task& task, int64_t available) {
             __builtin_prefetch(task.scores + place);
         }
         const int64_t place = draw(i, noise);
-        if (task.among[place] ^ task.outside) keys.at[size++] = key_at<Magnitude>(task.scores, place);
+        if (task.among[place]) keys.at[size++] = key_at(task.scores, place);
     }
     const double share = static_cast<double>(task.count) / available, expected = share * size;
     const double margin = 4 * __builtin_sqrt(expected * (1 - share)) + 4;
@@ -198,7 +190,6 @@ Bracket guess(const Task& task, int64_t available) {
 }
 
 // One step towards the threshold by a histogram over all candidates within the bracket, whatever they are.
-template <bool Magnitude>
 bool narrow(const Task& task, Bracket& bracket, int64_t& rank, int64_t& inside) {
     Buffer<int64_t> counts(kBins * task.parts);
     if (!counts.at) return false;
@@ -209,8 +200,8 @@ bool narrow(const Task& task, Bracket& bracket, int64_t& rank, int64_t& inside) 
         int64_t* mine = counts.at + part * kBins;
         std::memset(mine, 0, kBins * sizeof(int64_t));
         for (int64_t place = task.begin(part), end = task.end(part); place < end; ++place) {
-            const Key key = key_at<Magnitude>(task.scores, place);
-            if ((task.among[place] ^ task.outside) && key >= bracket.low && key <= bracket.high)
+            const Key key = key_at(task.scores, place);
+            if (task.among[place] && key >= bracket.low && key <= bracket.high)
                 ++mine[(static_cast<uint32_t>(key) - base) >> shift];
         }
     }
@@ -222,16 +213,14 @@ bool narrow(const Task& task, Bracket& bracket, int64_t& rank, int64_t& inside) 
     return true;
 }
 
-template <bool Magnitude>
 void mark_first(const Task& task, Key key, int64_t count) {
     for (int64_t place = 0; count > 0; ++place) {
-        if (!(task.among[place] ^ task.outside) || key_at<Magnitude>(task.scores, place) != key) continue;
+        if (!task.among[place] || key_at(task.scores, place) != key) continue;
         task.chosen[place] = 1;
         --count;
     }
 }
 
-template <bool Magnitude>
 bool choose(const Task& task, int64_t available) {
     const int64_t longest = task.size / task.parts + 2 * kBlock;
     const int64_t room = task.size <= kWhole ? longest + kBlock : longest / 8 + 4096;
@@ -240,11 +229,11 @@ bool choose(const Task& task, int64_t available) {
     Buffer<Part> seen(task.parts);
     if (!keys.at || !scratch.at || !places.at || !seen.at) return false;
     Bracket bracket{kLowest, kNan};
-    if (task.size > kWhole) bracket = guess<Magnitude>(task, available);
+    if (task.size > kWhole) bracket = guess(task, available);
     for (;;) {
 #pragma omp parallel for num_threads(task.parts) schedule(static, 1)
         for (int part = 0; part < task.parts; ++part)
-            seen.at[part] = sweep<Magnitude>(task, bracket, part, bracket.low < bracket.high ? room : 0,
+            seen.at[part] = sweep(task, bracket, part, bracket.low < bracket.high ? room : 0,
                                              keys.at + part * room, places.at + part * room);
         int64_t above = 0, inside = 0;
         bool fits = true;
@@ -257,7 +246,7 @@ bool choose(const Task& task, int64_t available) {
         const bool missed = rank < 0 || rank > inside;
         if (!missed && rank == 0) return true;
         if (!missed && bracket.low == bracket.high) {
-            mark_first<Magnitude>(task, bracket.low, rank);
+            mark_first(task, bracket.low, rank);
             return true;
         }
         if (missed || !fits) {
@@ -266,7 +255,7 @@ bool choose(const Task& task, int64_t available) {
                 rank = task.count;
             }
             do {
-                if (!narrow<Magnitude>(task, bracket, rank, inside)) return false;
+                if (!narrow(task, bracket, rank, inside)) return false;
             } while (bracket.low < bracket.high && inside > room - kBlock);  // one thread may see them all
             continue;
         }
@@ -289,45 +278,22 @@ bool choose(const Task& task, int64_t available) {
     }
 }
 
-bool select(const float* scores, const uint8_t* among, int outside, int magnitude, int64_t size,
-            int64_t available, int64_t count, uint8_t* chosen, int threads) {
-    if (count == 0 || count == available) {  // `outside` keeps what `among` marks
-        const uint8_t rest = count ? 1 : 0;
-        for (int64_t i = 0; i < size; ++i) chosen[i] = outside ? (among[i] | rest) : (among[i] & rest);
-        return true;
-    }
-    const int parts = lr::useful_threads(threads, size / kShare * 16384);
-    const Task task{scores, among, static_cast<uint8_t>(outside != 0), size, count, chosen, parts};
-    return magnitude ? choose<true>(task, available) : choose<false>(task, available);
-}
-
 }  // namespace
 
 // How many connections a mask has.
 LR_EXPORT int64_t lr_count(const uint8_t* mask, int64_t size) { return lr::count_marked(mask, size); }
 
-// The `count` highest scores (or magnitudes) among the candidates; of equal ones the first. `outside`: the
-// candidates are those that `among` does not mark, and what it marks is chosen besides. Gives the number of
-// candidates; if `count` is not from 0 to that, nothing is written. -1: no memory.
-LR_EXPORT int64_t lr_top(const float* scores, const uint8_t* among, int64_t size, int64_t count,
-                         int magnitude, int outside, uint8_t* chosen, int threads) {
-    const int64_t marked = lr::count_marked(among, size), available = outside ? size - marked : marked;
+// The `count` highest scores among the candidates; of equal ones the first. Gives the number of candidates; if
+// `count` is not from 0 to that, nothing is written. -1: no memory.
+LR_EXPORT int64_t lr_top(const float* scores, const uint8_t* among, int64_t size, int64_t count, uint8_t* chosen,
+                         int threads) {
+    const int64_t available = lr::count_marked(among, size);
     if (count < 0 || count > available) return available;
-    const bool done = select(scores, among, outside, magnitude, size, available, count, chosen, threads);
-    return done ? available : -1;
-}
-
-// Of the active connections the `dropped` of smallest |weight| go, then the `grown` of largest |gradient|
-// come, from all that are inactive by then. Gives the number of active ones. If `dropped` is not within them,
-// or `grown` not within the inactive ones (then -2 - their number is given), nothing is written. -1: no
-// memory.
-LR_EXPORT int64_t lr_drop_grow(const float* weights, const float* gradients, const uint8_t* active,
-                               int64_t size, int64_t dropped, int64_t grown, uint8_t* kept, uint8_t* mask,
-                               int threads) {
-    const int64_t marked = lr::count_marked(active, size), free = size - marked + dropped;
-    if (dropped < 0 || dropped > marked) return marked;
-    if (grown < 0 || grown > free) return -2 - free;
-    const bool done = select(weights, active, 0, 1, size, marked, marked - dropped, kept, threads) &&
-                      select(gradients, kept, 1, 1, size, free, grown, mask, threads);
-    return done ? marked : -1;
+    if (count == 0 || count == available) {
+        for (int64_t i = 0; i < size; ++i) chosen[i] = count ? among[i] : 0;
+        return available;
+    }
+    const int parts = lr::useful_threads(threads, size / kShare * 16384);
+    const Task task{scores, among, size, count, chosen, parts};
+    return choose(task, available) ? available : -1;
 }

@@ -40,63 +40,11 @@ def top(library: Library, scores: Tensor, count: int, among: Tensor) -> Tensor:
     flat, among = _ranked("scores", scores), _mask("among", among, scores)
     chosen = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     available = library(
-        "lr_top", "n:ppnniipi", flat.data_ptr(), among.data_ptr(), flat.numel(), count, 0, 0,
-        chosen.data_ptr(), threads(),
+        "lr_top", "n:ppnnpi", flat.data_ptr(), among.data_ptr(), flat.numel(), count, chosen.data_ptr(),
+        threads(),
     )  # fmt: skip
     _within(count, available)
     return chosen
-
-
-def drop_grow(
-    library: Library,
-    weight: Tensor,
-    grad: Tensor,
-    active: Tensor,
-    dropped: int,
-    grown: int,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """RigL's update in one call: the smallest |weight| go, the largest |grad| come.
-
-    Args:
-        library: the kernels.
-        weight: any shape and layout; float32 or a half type, on the CPU.
-        grad: dense gradient, the shape of ``weight``.
-        active: bool, the shape of ``weight``.
-        dropped: how many active connections go, from 0 to their number.
-        grown: how many come, from 0 to the number of inactive ones, those just dropped included.
-        into: two bool tensors of the shape of ``weight``, other than ``active``, to write the masks to; fresh
-            memory for a layer of millions costs a third of the whole update.
-
-    Returns:
-        The bool masks of the connections that stay and of those active afterwards.
-
-    Raises:
-        TypeError: as in `top`.
-        ValueError: the shapes differ, a count is not within its candidates, or ``into`` overlaps or is not
-            contiguous.
-        MemoryError: as in `top`.
-
-    Reference:
-        Evci et al., *Rigging the Lottery*, ICML 2020, arXiv:1911.11134.
-    """
-    weights, active = _ranked("weight", weight), _mask("active", active, weight)
-    grads = _ranked("grad", grad)
-    if grad.shape != weight.shape:
-        raise ValueError(f"grad has shape {tuple(grad.shape)}, and weight {tuple(weight.shape)}")
-    if into is None:
-        kept, mask = (torch.empty(weight.shape, dtype=torch.bool, device="cpu") for _ in range(2))
-    else:
-        kept, mask = into
-        _apart(active, *into)
-    available = library(
-        "lr_drop_grow", "n:pppnnnppi", weights.data_ptr(), grads.data_ptr(), active.data_ptr(),
-        weights.numel(), dropped, grown, kept.data_ptr(), mask.data_ptr(), threads(),
-    )  # fmt: skip
-    if available <= -2:  # the free connections, written so that they differ from the active ones
-        _within(grown, -2 - available)
-    _within(dropped, available)
-    return kept, mask
 
 
 def csr(library: Library, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,14 +216,6 @@ def _mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
     if mask.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}, and what it is for {tuple(like.shape)}")
     return mask.contiguous()
-
-
-def _apart(active: Tensor, kept: Tensor, mask: Tensor) -> None:
-    for name, tensor in (("into[0]", kept), ("into[1]", mask)):
-        _mask(name, tensor, active)
-    together = len({active.data_ptr(), kept.data_ptr(), mask.data_ptr()}) < 3 and active.numel() > 0
-    if together or not (kept.is_contiguous() and mask.is_contiguous()):
-        raise ValueError("into must be two contiguous tensors of memory of their own, other than active's")
 
 
 def _within(count: int, available: int) -> None:

@@ -107,44 +107,6 @@ def test_half_types_and_any_layout(kernels, dtype):
     assert torch.equal(calls.top(kernels, scores, count, among), selection.top(scores, count, among))
 
 
-@pytest.mark.parametrize("shape", [(7, 9), (64, 3, 3, 3), (500, 300)])
-def test_drop_grow_is_selections_drop_then_grow(kernels, threads, shape):
-    torch.manual_seed(0)
-    active = torch.rand(shape) < 0.1
-    weight, grad = torch.randn(shape) * active, torch.randn(shape).round()  # many equal gradients
-    number = int(active.sum())
-    for dropped, grown in ((0, 0), (number // 3, number // 3), (number, 1), (1, number), (number, number)):
-        kept, mask = calls.drop_grow(kernels, weight, grad, active, dropped, grown)
-        assert torch.equal(kept, selection.drop(weight.abs(), active, dropped))
-        assert torch.equal(mask, selection.grow(grad.abs(), kept, grown))
-
-
-def test_drop_grow_writes_into_memory_given(kernels):
-    torch.manual_seed(0)
-    active, weight, grad = torch.rand(20, 30) < 0.2, torch.randn(20, 30), torch.randn(20, 30)
-    into = torch.ones(20, 30, dtype=torch.bool), torch.ones(20, 30, dtype=torch.bool)
-    found = calls.drop_grow(kernels, weight, grad, active, 9, 9, into)
-    assert found[0] is into[0]
-    assert found[1] is into[1]
-    wanted = calls.drop_grow(kernels, weight, grad, active, 9, 9)
-    assert all(map(torch.equal, into, wanted))
-    for refused in (
-        (into[0], into[0]),
-        (active, into[1]),
-        (into[0], torch.ones(30, 20, dtype=torch.bool).t()),
-    ):
-        with pytest.raises(ValueError, match="into must be two contiguous tensors"):
-            calls.drop_grow(kernels, weight, grad, active, 9, 9, refused)
-
-
-def test_drop_grow_can_fill_and_empty_a_layer(kernels):
-    active = torch.tensor([True, False, True])
-    weight = grad = torch.tensor([1.0, 2.0, 3.0])
-    assert calls.drop_grow(kernels, weight, grad, active, 0, 1)[1].all()
-    assert not calls.drop_grow(kernels, weight, grad, active, 2, 0)[1].any()
-    assert calls.drop_grow(kernels, weight, grad, active, 2, 3)[1].all()
-
-
 def by_hand(mask):
     rows = mask.reshape(len(mask), -1).numpy() if mask.numel() else np.zeros((len(mask), 0), dtype=bool)
     return np.concatenate([[0], rows.sum(1).cumsum()]), np.nonzero(rows)[1], rows
@@ -221,12 +183,6 @@ def test_bad_input_is_refused(kernels):
         calls.top(kernels, scores, 1, among.byte())
     with pytest.raises(ValueError, match=r"among has shape \(2,\)"):
         calls.top(kernels, scores, 1, among[:2])
-    with pytest.raises(ValueError, match="asked to select 3 of 2 candidates"):
-        calls.drop_grow(kernels, scores, scores, among, 3, 0)
-    with pytest.raises(ValueError, match="asked to select 3 of 2 candidates"):
-        calls.drop_grow(kernels, scores, scores, among, 1, 3)
-    with pytest.raises(ValueError, match="grad has shape"):
-        calls.drop_grow(kernels, scores, scores[:2], among, 1, 1)
     with pytest.raises(TypeError, match=r"mask is torch\.float32"):
         calls.csr(kernels, scores)
     with pytest.raises(ValueError, match="no dimension"):
