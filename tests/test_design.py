@@ -9,7 +9,7 @@ from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.rigl import RigLCallback
 from lightning_rigl.methods.base import Connections, Method, Moment
 from lightning_rigl.methods.rigl import RigL
-from lightning_rigl.model import new_masks, optimizer_state, sharding, sparse_layer, sparsifier
+from lightning_rigl.model import moments, new_masks, optimizer_state, sharding, sparse_layer, sparsifier
 from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers
 from lightning_rigl.model.sparsifier import Sparsifier
 from lightning_rigl.topology import selection
@@ -30,7 +30,7 @@ PATH = [
     Sparsifier._due,
     sparse_layer.last_update,
     SparseLayers.of,
-    Sparsifier._gradients_are_finite,
+    Sparsifier._gradients_serve,
     optimizer_state.gradients_are_finite,
     sharding.everywhere,
     Timetable,
@@ -38,7 +38,8 @@ PATH = [
     Sparsifier.check_zeros,
     SparseLayers.has_strays,
     SparseLayer.has_strays,
-    Sparsifier._moment,
+    moments.moment_of,
+    moments._group,
     Sparsifier.count_update,
     SparseLayer.connections,
     SparseLayer.replace,

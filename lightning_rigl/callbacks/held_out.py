@@ -15,7 +15,8 @@ from lightning_rigl.callbacks.twins import told_the_time
 from lightning_rigl.model import layers, sharding
 from lightning_rigl.model.sparsifier import Sparsifier
 
-TAKEN, STEP = "growth_data/taken", "growth_data/step"  # among the numbers: batches; the step of the last
+NUMBERS = "growth_data"  # among those that are saved,
+TAKEN, STEP = "taken", "step"  # batches; the step of the last
 
 
 class HeldOut:
@@ -45,7 +46,7 @@ class HeldOut:
             sparsifier: of the module; it knows what was taken.
             resumed: a checkpoint goes on; the step that took the last batch may have to be done again.
         """
-        numbers = sparsifier.numbers
+        numbers = sparsifier.numbers.setdefault(NUMBERS, {})
         taken = int(numbers.setdefault(TAKEN, float(sparsifier.updates)))
         if not resumed:
             numbers[STEP] = -1.0  # steps are counted anew
@@ -75,7 +76,7 @@ class HeldOut:
             ValueError: there is no batch.
         """
         assert self._batches is not None
-        numbers, step = sparsifier.numbers, float(trainer.global_step)
+        numbers, step = sparsifier.numbers[NUMBERS], float(trainer.global_step)
         if numbers[STEP] != step:
             self._batch = next(self._batches)
             numbers[STEP] = step
@@ -89,7 +90,7 @@ class HeldOut:
         weights = layers.named_parameters(twin)
         for name, layer in sparsifier.layers.items():
             grad = weights[name].grad
-            layer.kept = None if grad is None else sharding.mean(grad)
+            layer.held_out = None if grad is None else sharding.mean(grad)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_batches": None, "_batch": None}  # iterators stay here

@@ -31,7 +31,7 @@ from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.compute import mode
 from lightning_rigl.methods.base import Method
-from lightning_rigl.model import initial_masks, sparse_init
+from lightning_rigl.model import initial_masks, latent, sparse_init
 from lightning_rigl.model.grown import refuse_growth
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
@@ -132,6 +132,7 @@ class RigLCallback(Callback):
             known = ", ".join(get_args(sparse_init.How))
             raise ValueError(f"rescale: one of {known}, or None, got {rescale!r}")
         refuse_growth(self.settings["method"], Growth() if growth is None else growth)
+        latent.refuse_pattern(self.settings["method"], self.settings["pattern"])
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
             raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
         if growth_data is not None and self.settings["method"].gradient != "at_updates":
@@ -408,8 +409,8 @@ class RigLCallback(Callback):
     def _say_what_happened(self) -> None:
         if self._active().postponed:
             self._say(
-                "a topology update was due but a gradient was not finite; it takes place at the next step "
-                "whose gradients are finite"
+                "a topology update was due but a gradient was not finite, or there was none; it takes place "
+                "at the next step whose gradients are finite"
             )
         if self._active().mixing:
             self._say("the optimizer moves inactive weights; they are set back to zero after each step")

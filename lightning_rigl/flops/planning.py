@@ -211,6 +211,11 @@ def _plan(
     if steps is not None and (type(steps) is not int or steps < 1):
         raise ValueError(f"steps: the length of training in optimizer steps, at least 1, got {steps!r}")
     distribution, method = Distribution.of(distribution), Method.of(method)
+    if method.prunes_along and not method.has("planned"):
+        raise ValueError(
+            f"method {type(method).__name__} starts dense and does not say how it comes to its target: give "
+            "it planned(size, target, progress), a layer's connections after the update at that progress"
+        )
     counts = distribution.counts(known.shapes, sparsity)
     others = known.others or 0
     if convention == "official":

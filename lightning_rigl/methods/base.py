@@ -60,9 +60,9 @@ class Moment:
         step: optimizer steps already done.
         fraction: the drop fraction now, in [0, 1].
         progress: 0 at the schedule's first update, 1 at its last.
-        rate: the optimizer's learning rate.
+        rate: the learning rate, of the optimizer's first sparse layer; in `Method.settle` that of the layer.
         due: whether the schedule asks for an update.
-        numbers: what the method keeps of the whole model; it changes in place, is saved and restored.
+        numbers: what the method keeps of the optimizer's layers; it changes in place, is saved and restored.
     """
 
     step: int

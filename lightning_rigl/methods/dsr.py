@@ -22,10 +22,11 @@ class DSR(Method):
     left, in rounds until all are placed, and at random in a layer. One that was dropped a moment ago grows
     only where no other place is left in any layer. The total over the layers is the same after each update.
 
-    H is one number for the model, halved if more than 1.1 N connections were dropped and doubled if fewer
-    than 0.9 N were. N, a fixed number in the paper, is the schedule's drop fraction of all connections: the
-    default of 0.14, constant, is near its 20,000 for WRN-28-2 at 90 % sparsity. So the fraction is a target
-    here and not exact. As in the paper the update follows the step, and rewiring stops at 95 % of training.
+    H is one number for an optimizer's layers, halved if more than 1.1 N connections were dropped and doubled
+    if fewer than 0.9 N were. N, a fixed number in the paper, is the schedule's drop fraction of all
+    connections: the default of 0.14, constant, is near its 20,000 for WRN-28-2 at 90 % sparsity. So the
+    fraction is a target here and not exact. As in the paper the update follows the step, and rewiring stops
+    at 95 % of training.
 
     Args:
         threshold: H at the first update, above 0.
@@ -58,7 +59,7 @@ class DSR(Method):
         now = moment.numbers.setdefault("threshold", float(self.threshold))
         active = [layer.active for layer in layers]
         below = [int(((layer.weight.abs() < now) & layer.mask).count_nonzero()) for layer in layers]
-        dropped = [min(count, most - 1) for count, most in zip(below, active, strict=True)]
+        dropped = [min(count, max(most - 1, 0)) for count, most in zip(below, active, strict=True)]
         left = [before - gone for before, gone in zip(active, dropped, strict=True)]
         free = [layer.mask.numel() - count for layer, count in zip(layers, active, strict=True)]
         total, wanted = sum(dropped), moment.fraction * sum(active)

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_rigl.methods.base import Connections, Method, Moment
-from lightning_rigl.topology.selection import top
+from lightning_rigl.topology.overall import highest
 
 SCORE = "variable"  # where the engine keeps what is trained
 
@@ -31,6 +30,7 @@ class EdgePopup(Method):
         Ramanujan et al., *What's Hidden in a Randomly Weighted Neural Network?*, CVPR 2020, arXiv:1911.13299.
 
     Example:
+        >>> import torch
         >>> from lightning_rigl import Sparsifier
         >>> layer = torch.nn.Linear(4, 2)
         >>> weight = layer.weight.detach().clone()
@@ -67,11 +67,8 @@ class EdgePopup(Method):
         self, layers: Sequence[Connections], variables: Sequence[Tensor], moment: Moment
     ) -> list[tuple[Tensor, Tensor]]:
         """The connections of largest |s|, counted over the layers that are seen together; initial weights."""
-        scores = torch.cat([score.abs().reshape(-1) for score in variables])
-        allowed = torch.cat([layer.notes["allowed"].reshape(-1) for layer in layers])
-        chosen = top(scores, sum(layer.target for layer in layers), allowed)
-        parts = torch.split(chosen, [layer.mask.numel() for layer in layers])
-        masks = [part.view(layer.mask.shape) for part, layer in zip(parts, layers, strict=True)]
+        allowed, count = [layer.notes["allowed"] for layer in layers], sum(layer.target for layer in layers)
+        masks = highest([score.abs() for score in variables], allowed, count)
         return [(mask, layer.notes["weight"]) for mask, layer in zip(masks, layers, strict=True)]
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_rigl.methods.base import Connections, Method, Moment
+from lightning_rigl.topology.overall import freeze, highest
 from lightning_rigl.topology.schedules import UpdateSchedule
-from lightning_rigl.topology.selection import drop
 
 SCORE = "variable"  # where the engine keeps what is trained
+_SWITCHES = (("revive", (bool,), "True or False"), ("inverted", (bool,), "True or False"))
 
 
 @dataclass(frozen=True)
@@ -29,35 +30,24 @@ class GemMiner(Method):
     the share 1 - d^(a - b) with the target density d and the progress a of this and b of the last update. At
     progress a at most the share d^a of all flags is left; at the last update exactly the target counts' sum.
     The first update (progress 0) clears none: with ``begin=0``, the default, K + 1 updates are K freezes.
-    If it is the only one it is the last, and clears all at once: 100 steps or fewer need a smaller ``every``.
-
     Then train the ticket from its initial weights, in a second fit with a new callback:
     ``RigLCallback(method="static", init="nonzero")``.
 
-    The optimizer's settings are those of the scores: its weight decay is one more penalty. All other
-    parameters are trained as ever; the paper has no biases, and norms without weights. A layer can lose all
-    its connections.
+    The optimizer's settings are those of the scores: its weight decay is one more penalty. Other parameters
+    are trained as ever; the paper has none. A layer can lose all its connections.
 
     Args:
         penalty: lambda of the paper, at least 0; 1e-8 (half of the weights) to 1e-4 (1 %) there.
         norm: of the penalty: ``l2``, lambda sum p^2, or ``l1``, lambda sum p.
-        revive: after the last update all flagged connections are active, those rounded to 0 too, so that the
-            ticket has the target size; False keeps p > 1/2 (``unflag_before_finetune`` of the authors).
+        revive: all that are flagged after the last update are active: the target count; False: p > 1/2.
         inverted: clear the highest scores instead; a control, not a method.
 
-    Raises:
-        ValueError: a penalty below 0, or an unknown norm.
-        TypeError: a value of another type.
-
     Reference:
-        Sreenivasan et al., *Rare Gems: Finding Lottery Tickets at Initialization*, NeurIPS 2022,
-        arXiv:2202.12002.
+        Sreenivasan et al., *Rare Gems: Finding Lottery Tickets at Initialization*, NeurIPS 2022, 2202.12002.
 
     Example:
         >>> GemMiner(penalty=3e-5).schedule.policy
         'after_step'
-        >>> freeze(1000, 1000, 100, 0.0, 0.5), freeze(316, 1000, 100, 0.5, 1.0)
-        (684, 216)
     """
 
     penalty: float = 1e-5
@@ -72,15 +62,17 @@ class GemMiner(Method):
     schedule = UpdateSchedule(every=100, begin=0, end=1.0, policy="after_step")
 
     def __post_init__(self) -> None:
-        if isinstance(self.penalty, bool) or not isinstance(self.penalty, (int, float)):
-            raise TypeError(f"gemminer, penalty: a number, got {self.penalty!r}")
-        for name, value in (("revive", self.revive), ("inverted", self.inverted)):
-            if not isinstance(value, bool):
-                raise TypeError(f"gemminer, {name}: True or False, got {value!r}")
+        for name, kinds, words in (("penalty", (int, float), "a number"), *_SWITCHES):
+            if type(getattr(self, name)) not in kinds:
+                raise TypeError(f"gemminer, {name}: {words}, got {getattr(self, name)!r}")
         if not 0 <= self.penalty < math.inf:
             raise ValueError(f"gemminer, penalty: a number of at least 0, got {self.penalty!r}")
         if self.norm not in ("l2", "l1"):
             raise ValueError(f"gemminer, norm: unknown name {self.norm!r}; the known ones are l2, l1")
+
+    def planned(self, size: int, target: int, progress: float) -> int:
+        """The flags left if each layer cleared its own share; more than are active before the last update."""
+        return target if progress >= 1 else math.ceil(size * (target / size) ** progress)
 
     def drop_score(self, layer: Connections) -> Tensor:
         """p, or -p if inverted."""
@@ -111,38 +103,17 @@ class GemMiner(Method):
             score.clamp_(0, 1)
         if moment.due and layers:
             self._clear(layers, moment.progress)
-        pairs = []
-        for layer, score in zip(layers, variables, strict=True):
-            over = self.revive and float(layer.notes["progress"]) >= 1
-            flag = layer.notes["flag"]
-            pairs.append((flag if over else flag & (score > 0.5), layer.notes["weight"]))
-        return pairs
+        notes = [layer.notes for layer in layers]
+        over = bool(notes) and self.revive and float(notes[0]["progress"]) >= 1
+        pairs = zip(notes, variables, strict=True)
+        return [(own["flag"] & ((score > 0.5) | over), own["weight"]) for own, score in pairs]
 
     def _clear(self, layers: Sequence[Connections], progress: float) -> None:
         """Clear the flags that an update at this progress clears."""
-        flags = torch.cat([layer.notes["flag"].reshape(-1) for layer in layers])
-        scores = torch.cat([self.drop_score(layer).reshape(-1) for layer in layers])
-        target = sum(layer.target for layer in layers)
-        before = float(layers[0].notes["progress"])
-        count = freeze(int(flags.count_nonzero()), flags.numel(), target, before, progress)
-        kept = torch.split(drop(scores, flags, count), [layer.mask.numel() for layer in layers])
-        for layer, part in zip(layers, kept, strict=True):
-            layer.notes["flag"].copy_(part.view(layer.mask.shape))
+        flags = [layer.notes["flag"] for layer in layers]
+        left, size = sum(int(flag.count_nonzero()) for flag in flags), sum(flag.numel() for flag in flags)
+        target, before = sum(layer.target for layer in layers), float(layers[0].notes["progress"])
+        kept = left - freeze(left, size, target, before, progress)
+        for layer, part in zip(layers, highest([*map(self.drop_score, layers)], flags, kept), strict=True):
+            layer.notes["flag"].copy_(part)
             layer.notes["progress"].clamp_(min=progress)
-
-
-def freeze(flags: int, size: int, target: int, before: float, now: float) -> int:
-    """How many flags an update clears: ceil((1 - d^(now - before)) flags), d = target / size.
-
-    Args:
-        flags: those that are set.
-        size: all.
-        target: how many are to be set in the end, at most ``flags``; they never become fewer.
-        before: progress of the last update, in [0, 1].
-        now: progress of this one; 1 clears all but the target.
-    """
-    if now >= 1:
-        return flags - target
-    share = -math.expm1(math.log(target / size) * max(now - before, 0.0))
-    whole = math.ceil(share * flags * (1 - 1e-12))  # rounding must not make 51 of 50
-    return min(whole, flags - target)

@@ -31,8 +31,8 @@ class SNFSOriginal(Method):
     choice it is the buffer of SGD that the original reads, except that weight decay is not part of it.
 
     The original updates once per epoch. Steps know no epochs: the default is every 100 steps, after the
-    step, over all of training, with its rate of 0.5 and its cosine; give ``every`` the steps of an epoch to
-    be nearer to it.
+    step, over all of training, with its rate of 0.5 and a cosine (to 0; theirs ends at 0.005); give ``every``
+    the steps of an epoch to be nearer to it.
 
     Args:
         momentum: b, in [0, 1).

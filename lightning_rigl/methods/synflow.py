@@ -24,16 +24,13 @@ class SynFlow(ScoredOnce):
     |w| dR/d|w| the score of a connection. Round k of n keeps the highest of all layers, N d^(k/n) of N
     connections, d being the final density; what the last one keeps stays, in place of step 0. All is in
     float64, as scores are beyond float32 in deep networks. The distribution decides how many connections
-    there are, not where: the scores of each layer add up to R, so that none is emptied.
+    there are, not where. A layer that all paths lead through is never emptied, as its scores add up to R.
 
     Meant for linear layers, convolutions and activations like ReLU; ``forward`` takes one floating tensor and
     gives one, before any softmax. In a plain loop call `Sparsifier.look`.
 
     Args:
-        rounds: how often the scores are taken anew, at least 1 (n in the paper).
-
-    Raises:
-        ValueError: ``rounds`` below 1.
+        rounds: how often the scores are taken anew, at least 1, or ValueError (n in the paper).
 
     Reference:
         Tanaka et al., *Pruning neural networks without any data by iteratively conserving synaptic flow*,
@@ -74,8 +71,7 @@ class SynFlow(ScoredOnce):
             active = selection.top(flow, kept, active)
             lasted += active
             _mask(weights, active)
-        parts = torch.split(lasted, [w.numel() for w in weights])
-        return {n: part.view(w.shape) for (n, w), part in zip(probe.parameters.items(), parts, strict=True)}
+        return dict(zip(probe.parameters, _split(lasted, weights), strict=True))
 
 
 def _make_linear(model: nn.Module) -> None:
@@ -91,17 +87,17 @@ def _make_linear(model: nn.Module) -> None:
 
 def _mask(weights: Sequence[nn.Parameter], active: Tensor) -> None:
     with torch.no_grad():
-        for weight, part in zip(weights, torch.split(active, [w.numel() for w in weights]), strict=True):
-            weight.mul_(part.view(weight.shape))
+        for weight, part in zip(weights, _split(active, weights), strict=True):
+            weight.mul_(part)
+
+
+def _split(flat: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    parts = torch.split(flat, [w.numel() for w in weights])
+    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 
 def _flow(probe: Probe, ones: Tensor, weights: Sequence[nn.Parameter], first: bool) -> Tensor:
-    """|w| dR/d|w| of all layers, one after the other.
-
-    Raises:
-        ValueError: ``forward`` does not take the input, R is not finite, or does not depend on the weights
-            as a sum of products would.
-    """
+    """|w| dR/d|w| of all layers, one after the other; ValueError where the model does not give it."""
     try:
         output = probe.forward(ones)
     except Exception as error:

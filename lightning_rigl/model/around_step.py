@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_rigl.methods.base import Method, Moment
 from lightning_rigl.model import latent
+from lightning_rigl.model.moments import at_rate
 from lightning_rigl.model.sparse_layer import SparseLayer
 from lightning_rigl.topology.schedules import UpdateSchedule
 
@@ -53,12 +54,12 @@ class AroundStep:
         self.rest(own)
         if self._method.has("observe"):
             for layer in own:
-                self._method.observe(layer.connections(seed, moment.step, with_gradient=True), moment)
+                self._method.observe(layer.connections(seed, moment.step, layer.gradient), moment)
         if skips:
             return
         if moment.due and self._method.gradient != "never":
             for layer in own:
-                if layer.kept is None:  # else it is that of a held-out batch
+                if layer.kept is None and layer.held_out is None:
                     layer.keep_gradient()
         self._inside = own
         if self._method.latent:
@@ -78,8 +79,8 @@ class AroundStep:
         seed = self.seed
         if self._method.has("settle"):
             for layer in own:
-                seen = layer.connections(seed, moment.step, with_gradient=False)
-                layer.parameter.copy_(self._method.settle(seen, moment))
+                seen, now = layer.connections(seed, moment.step), at_rate(moment, optimizer, layer)
+                layer.parameter.copy_(self._method.settle(seen, now))
         if self._method.latent:
             latent.push(own)
             latent.project(own, self._method, moment, seed)
@@ -88,7 +89,7 @@ class AroundStep:
         elif moment.due:
             self._update(optimizer, moment)
         for layer in own:
-            layer.kept = None
+            layer.forget_gradients()
         self._inside = ()
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class AroundStep:
         if self._hook is not None:
             self._hook.remove()
         for layer in self._inside:
-            layer.kept = None
+            layer.forget_gradients()
         self._disturbed, self._inside, self._after, self._hook = {}, (), None, None
 
     def put_at_rest(self, state: dict[str, Any]) -> None:
@@ -129,7 +130,7 @@ class AroundStep:
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
         """Multiply weights and gradients by the method's factors, for the passes of a training step."""
         for layer in layers if self._method.has("disturb") and not self._disturbed else ():
-            seen = layer.connections(self.seed, step, with_gradient=False)
+            seen = layer.connections(self.seed, step)
             factors = self._method.disturb(seen).to(layer.parameter.dtype)
             hook = None
             if layer.parameter.requires_grad:

@@ -9,14 +9,24 @@ from torch import Tensor
 
 from lightning_rigl.methods.base import Method, Moment
 from lightning_rigl.model.sparse_layer import SparseLayer
+from lightning_rigl.topology.patterns import Pattern, Unstructured
 
 VARIABLE = "variable"  # its place among the notes
+
+
+def refuse_pattern(method: Method, pattern: Pattern) -> None:
+    """Raise ValueError if the masks that follow from a method's variables would break the pattern."""
+    if method.latent and not isinstance(pattern, Unstructured):
+        raise ValueError(
+            f"pattern: {type(method).__name__} makes its masks of its variables, connection by connection; "
+            f"take pattern='unstructured', or a method that drops and grows, got {type(pattern).__name__}"
+        )
 
 
 def begin(layers: Sequence[SparseLayer], method: Method, seed: int) -> None:
     """Give each layer its variable, and the mask and weight that follow from it."""
     for layer in layers:
-        layer.notes[VARIABLE] = method.begin(layer.connections(seed, -1, with_gradient=False))
+        layer.notes[VARIABLE] = method.begin(layer.connections(seed, -1))
     project(layers, method, Moment(0, due=False), seed)
 
 
@@ -26,7 +36,7 @@ def pull(layers: Sequence[SparseLayer], method: Method, step: int, seed: int) ->
     for layer in layers:
         variable, grad = layer.notes[VARIABLE], layer.parameter.grad
         if grad is not None:
-            grad.copy_(method.pull(layer.connections(seed, step, with_gradient=True), variable))
+            grad.copy_(method.pull(layer.connections(seed, step, layer.gradient), variable))
         layer.parameter.copy_(variable)
 
 
@@ -64,7 +74,7 @@ def _following(
 ) -> Iterator[tuple[SparseLayer, Tensor, Tensor]]:
     groups = [list(layers)] if method.scope == "model" else [[layer] for layer in layers]
     for group in groups if layers else ():
-        seen = [layer.connections(seed, moment.step, with_gradient=False) for layer in group]
+        seen = [layer.connections(seed, moment.step) for layer in group]
         variables = [layer.notes[VARIABLE] for layer in group]
         for layer, (mask, weight) in zip(group, method.project(seen, variables, moment), strict=True):
             yield layer, mask, weight

@@ -17,16 +17,16 @@ def new_masks(
     """Layers that an update changes, as the method sees them, what it keeps, and the mask. Changes nothing.
 
     Unless the method counts over the whole model, one layer after the other is looked at. A layer that is
-    frozen, or has no gradient in this step where the method needs one, keeps its mask.
-
-    Raises:
-        ValueError: a score of the method has another shape than the weight.
+    frozen, or has no gradient in this step where the method needs one, keeps its mask. ValueError: a score of
+    another shape than the weight, or counts of another number of layers.
     """
     reads = method.gradient != "never"
-    able = [x for x in layers if x.parameter.requires_grad and (x.gradient is not None or not reads)]
+    able = [x for x in layers if x.parameter.requires_grad and (x.chooses is not None or not reads)]
     for group in [able] if method.scope == "model" else [[layer] for layer in able]:
-        seen = [layer.connections(seed, moment.step, reads) for layer in group]
+        seen = [layer.connections(seed, moment.step, layer.chooses if reads else None) for layer in group]
         counts = method.turnover(seen, moment) if seen else []
+        if len(counts) != len(seen):
+            raise ValueError(f"{type(method).__name__}.turnover: {len(seen)} pairs wanted, got {counts!r}")
         for layer, own, (dropped, grown) in zip(group, seen, counts, strict=True):
             if dropped or grown:
                 kept = mask = own.mask

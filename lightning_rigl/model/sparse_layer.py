@@ -31,6 +31,7 @@ class SparseLayer:
         self.mask = mask if sharding.is_sharded(mask) else sharding.shard(mask, parameter)
         self.last = -1  # the step of the last update
         self.kept: Tensor | None = None  # a gradient that may be clipped before the update
+        self.held_out: Tensor | None = None  # a gradient that only the choice of connections reads
         self.target = 0  # active connections that the distribution gives it
         self.notes: dict[str, Tensor] = {}  # what the method keeps of it
         self.product: SparseProduct | None = None  # computes with the weight, while that is sparse
@@ -66,9 +67,8 @@ class SparseLayer:
         """Copies of what was saved."""
         self.notes = {key: note.to(self.parameter.device, copy=True) for key, note in notes.items()}
 
-    def connections(self, seed: int, step: int, with_gradient: bool) -> Connections:
+    def connections(self, seed: int, step: int, grad: Tensor | None = None) -> Connections:
         """The layer as a method sees it: whole, its values in at least 32 bits."""
-        grad = self.gradient if with_gradient else None
         return Connections(
             _wide(sharding.full(self.parameter.detach())),
             sharding.full(self.mask),
@@ -99,13 +99,22 @@ class SparseLayer:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The one that chooses connections: the parameter's, or what was kept of it."""
+        """That of the step: the parameter's, or what was kept of it before it was clipped."""
         return self.parameter.grad if self.kept is None else self.kept
+
+    @property
+    def chooses(self) -> Tensor | None:
+        """The gradient that chooses connections: of a held-out batch, or that of the step."""
+        return self.gradient if self.held_out is None else self.held_out
 
     def keep_gradient(self) -> None:
         """Copy the gradient, should it be clipped before the update."""
         grad = self.parameter.grad
         self.kept = None if grad is None else grad.detach().clone()
+
+    def forget_gradients(self) -> None:
+        """The step is over: drop what was kept for it."""
+        self.kept = self.held_out = None
 
     def restore_gradient(self) -> None:
         """Give back what was masked of a gradient that was kept, unless the gradient has changed since."""

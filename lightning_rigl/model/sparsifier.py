@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_rigl.model import (
 )
 from lightning_rigl.model.around_step import AroundStep
 from lightning_rigl.model.grown import INITIAL, grown, refuse_growth
+from lightning_rigl.model.moments import moment_of
 from lightning_rigl.model.new_masks import new_masks
 from lightning_rigl.model.sparse_layer import SparseLayer, SparseLayers, last_update
 from lightning_rigl.topology.distributions import Distribution
@@ -104,6 +105,7 @@ class Sparsifier:
         self.growth = Growth() if growth is None else growth
         refuse_growth(self.method, self.growth)
         self.pattern = Pattern.of(pattern)
+        latent.refuse_pattern(self.method, self.pattern)
         self.identity = mask_files.identity(
             sparsity, self.method, distribution, self.pattern, include, exclude
         )
@@ -121,10 +123,10 @@ class Sparsifier:
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
         self.drop_fraction = 0.0  # of the last update
-        self.postponed = 0  # updates put off because a gradient was not finite
+        self.postponed = 0  # updates put off because a gradient was not finite, or there was none
         self.mixing = False  # whether an optimizer moves inactive weights, so that they are masked each step
         self.timetable: Timetable | None = None
-        self.numbers: dict[str, float] = {}  # what the method keeps of the whole model
+        self.numbers: dict[str, dict[str, float]] = {}  # what is kept of each optimizer's layers
         self._zeros_unchecked = True  # until an optimizer has made a step
         after = self.schedule is not None and self.schedule.policy == "after_step"
         self._reads = self.method.gradient != "never" or not after  # gradients that an update waits for
@@ -258,20 +260,17 @@ class Sparsifier:
         return self.timetable is not None and self.timetable.due(step, last_update(own, step), clock)
 
     def before_step(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
-        """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
+        """Update the topology if due, and say whether, else mask gradients; call it before ``optimizer.step()``.
 
         An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
         the step that follows changes nothing; where the schedule says so, it follows that step. One that
-        meets a non-finite gradient is postponed; a step whose update is done (in a resumed run) changes
-        nothing.
+        meets a non-finite gradient, or none at all, is postponed; a step whose update is done (in a resumed
+        run) changes nothing.
 
         Args:
             optimizer: the one about to step; only the layers among its parameters are touched.
             step: optimizer steps already done (with several optimizers, this one's own).
             clock: the time by which the schedule's ``end`` is told; None is ``step``.
-
-        Returns:
-            Whether the topology is updated.
 
         Raises:
             RuntimeError: before `start`; or processes of a distributed run have come to different masks.
@@ -281,7 +280,7 @@ class Sparsifier:
         due = due and not (self.method.gradient != "never" and mode.is_partial(own))
         mode.stepped(own)
         mode.attach(optimizer, () if self.method.latent else own, self.growth)
-        if due and self._reads and not self._gradients_are_finite(own):
+        if due and self._reads and not self._gradients_serve(own):
             self.postponed += 1
             due = False
         skips = due and self.timetable is not None and self.timetable.policy == "skip_step"
@@ -290,29 +289,22 @@ class Sparsifier:
         if own and last_update(own, step) == step:
             _drop_gradients(optimizer)
             return False
-        if self._around and own:
-            self._around.before_step(optimizer, own, self._moment(optimizer, step, clock, due), skips)
+        if own and (self._around or skips):
+            moment = moment_of(optimizer, own[0], (step, clock), due, self.timetable, self.numbers)
+            if self._around:
+                self._around.before_step(optimizer, own, moment, skips)
         if skips:
-            self.update(optimizer, self._moment(optimizer, step, clock, due))
+            self.update(optimizer, moment)
             _drop_gradients(optimizer)
         elif not self.method.latent:
             self.mixing = self.mixing or optimizer_state.mixes_coordinates(type(optimizer))  # type: ignore[arg-type]  # every class is hashable
             for layer in own:
                 layer.mask_gradient()
         for layer in own if skips or not due else ():
-            layer.kept = None
+            layer.forget_gradients()
         if self.schedule is not None:
             self._expect(own, step + 1, None if clock is None else clock + 1)
         return due
-
-    def _moment(self, optimizer: Optimizer, step: int, clock: float | None, due: bool = True) -> Moment:
-        time, group = step if clock is None else clock, optimizer.param_groups[0]
-        rate = float(group["lr"])
-        first = float(group.get("initial_lr", self.numbers.setdefault("first_rate", rate))) or 1.0
-        if (times := self.timetable) is None:
-            return Moment(step, rate=rate, due=due, numbers=self.numbers)
-        fraction = times.fraction(time, rate / first)
-        return Moment(step, fraction, times.progress(time), rate, due, self.numbers)
 
     def mask_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients of inactive connections; `before_step` does it on every ordinary step."""
@@ -395,9 +387,12 @@ class Sparsifier:
         """Set the inactive weights to zero."""
         self.layers.mask_weights()
 
-    def _gradients_are_finite(self, own: Sequence[SparseLayer]) -> bool:
-        finite = optimizer_state.gradients_are_finite(layer.gradient for layer in own)
-        return sharding.everywhere(finite, own[0].parameter.device) if own else finite
+    def _gradients_serve(self, own: Sequence[SparseLayer]) -> bool:
+        """Whether those that choose are finite, and there is one if the method reads them."""
+        grads = [layer.chooses for layer in own]
+        some = self.method.gradient == "never" or any(grad is not None for grad in grads)
+        serve = some and optimizer_state.gradients_are_finite(grads)
+        return sharding.everywhere(serve, own[0].parameter.device) if own else serve
 
     def is_current(self) -> bool:
         """Whether the model still has the parameters that the masks were made for, as they were."""
@@ -431,7 +426,7 @@ class Sparsifier:
             "targets": {name: layer.target for name, layer in self.layers.items()},
             "notes": {name: layer.saved_notes() for name, layer in self.layers.items() if layer.notes},
             "timetable": asdict(self.timetable) if self.timetable else None,
-            **{name: copy(getattr(self, name)) for name in _PLAIN},
+            **{name: deepcopy(getattr(self, name)) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -449,7 +444,7 @@ class Sparsifier:
             layer.last, layer.target = state["last"][name], state["targets"][name]
             layer.take_notes(state["notes"].get(name, {}))
         for name in _PLAIN:
-            setattr(self, name, copy(state[name]))
+            setattr(self, name, deepcopy(state[name]))
         self.leave_step(loaded=True)
         if self.method.latent:
             latent.restore(list(self.layers.values()), self.method, self.seed)

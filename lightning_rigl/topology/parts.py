@@ -15,7 +15,8 @@ class Part(ABC):  # noqa: B024  what is abstract is declared by each kind
 
     The short name of a part is its class name in lower case; it exists when the constructor needs no
     argument.
-    A class of the user's own has a short name as soon as it is defined.
+    A class of the user's own has a short name as soon as it is defined; defined again, in the same place, the
+    new class takes over.
     """
 
     @classmethod
@@ -39,11 +40,12 @@ class Part(ABC):  # noqa: B024  what is abstract is declared by each kind
         kind = cls.__name__.lower()
         if not isinstance(choice, str):
             raise TypeError(f"{kind}: expected a {cls.__name__} or a short name, got {choice!r}")
-        # older classes come first, so that a user's class never takes the name of one of ours
         known: dict[str, type[P]] = {}
         for part in _descendants(cls):
-            if _has_default(part):
-                known.setdefault(part.__name__.lower(), part)
+            name = part.__name__.lower()
+            # older classes come first, so that a user's class never takes the name of one of ours
+            if _has_default(part) and _place(known.setdefault(name, part)) == _place(part):
+                known[name] = part
         if choice.lower() in known:
             return known[choice.lower()]()
         near = get_close_matches(choice.lower(), known, 1)
@@ -55,6 +57,10 @@ class Part(ABC):  # noqa: B024  what is abstract is declared by each kind
 
 def _descendants(cls: type[P]) -> list[type[P]]:
     return [c for child in cls.__subclasses__() for c in (child, *_descendants(child))]
+
+
+def _place(part: type[Part]) -> tuple[str, str]:
+    return part.__module__, part.__qualname__
 
 
 def _has_default(part: type[Part]) -> bool:

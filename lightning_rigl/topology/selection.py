@@ -115,8 +115,6 @@ def _ordered_bits(scores: Tensor) -> Tensor:
 
 def _threshold(digits: Tensor, count: int) -> tuple[int, int]:
     """How many digits are above that of the ``count``-th highest, and that digit."""
-    reached = (
-        torch.bincount(digits, minlength=1 << _DIGIT).flip(0).cumsum(0)
-    )  # have this digit or a higher one
+    reached = torch.bincount(digits, minlength=1 << _DIGIT).flip(0).cumsum(0)  # this digit or a higher one
     place = int((reached < count).sum())
     return int(reached[place - 1]) if place else 0, (1 << _DIGIT) - 1 - place

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rigl import RigLCallback, UpdateSchedule
+from lightning_rigl import RigLCallback, RigLSM, UpdateSchedule
 from tests.callbacks.flops_problems import Manual, batches, fit
 from tests.callbacks.problems import Small, data, small, trainer
 from tests.callbacks.stateful_loader import Done, StatefulLoader, adamw, run, same
@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_the_next_held_out_batch(policy, monkeypatch):
         loss = nn.functional.cross_entropy(module(x), y)
         expected = torch.autograd.grad(loss, [parameters[name] for name in sparsifier.layers])
         for layer, grad in zip(sparsifier.layers.values(), expected, strict=True):
-            assert torch.equal(layer.gradient, grad)
+            assert torch.equal(layer.chooses, grad)
             assert not torch.equal(layer.parameter.grad, grad)
         seen.append(len(seen))
 
@@ -152,7 +152,7 @@ def test_a_run_with_postponed_updates_is_resumed_exactly(step, place, tmp_path):
     loader = StatefulLoader(replay=True)
     rescued = tmp_path / "on_exception.ckpt"
     again = run(tmp_path / "again", Done(loader), sparse(known), loader=loader, resume=rescued)
-    assert straight["sparsity"]["numbers"]["growth_data/taken"] > straight["sparsity"]["updates"]
+    assert straight["sparsity"]["numbers"]["growth_data"]["taken"] > straight["sparsity"]["updates"]
     assert same(straight, again)
 
 
@@ -235,3 +235,20 @@ def test_the_copy_knows_the_time_of_the_update():
 
     fit(sparse(held_out(), every=3), module=Watch(), sizes=[8] * 4, max_epochs=2)
     assert seen == [(0, 3), (1, 6)]
+
+
+@pytest.mark.parametrize("policy", ["skip_step", "after_step"])
+def test_a_method_that_observes_sees_the_gradients_of_training_only(policy, monkeypatch):
+    """The held-out batch has inputs a thousand times as large; RigL-SM averages the training gradients."""
+    seen, observe = [], RigLSM.observe
+
+    def watch(self, layer, moment):
+        seen.append(float(layer.grad.abs().max()))
+        observe(self, layer, moment)
+
+    monkeypatch.setattr(RigLSM, "observe", watch)
+    known = [(1000 * x, y) for x, y in held_out()]
+    rigl = sparse(known, policy=policy, method="riglsm")
+    fit(rigl, sizes=[8] * 6)
+    assert rigl.sparsifier.updates == 2
+    assert max(seen) < 10 * min(seen)

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_rigl import Method, Static
-
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # where the script finds its neighbours
 
 import sanity_checks
@@ -29,19 +27,18 @@ def test_a_seed_decides_the_initial_weights():
 
 @pytest.mark.parametrize("method", ["gemminer", "rigl"])
 def test_a_found_mask_has_the_budget(method):
-    if not sanity_checks.is_known(method):
-        pytest.skip(f"{method} has no name yet")
     counts = sum(int(mask.sum()) for mask in BENCH.find(method, 0).values())
     size = sum(w.numel() for w in first_weights(0).values())
     assert counts == pytest.approx(0.05 * size, abs=6)
 
 
-def test_an_inverted_search_finds_another_mask_with_the_same_budget():
-    masks, inverted = BENCH.find("gemminer", 0), BENCH.find("gemminer", 0, inverted=True)
+@pytest.mark.parametrize(("method", "shared"), [("gemminer", 0.05), ("snip", 0.01), ("rigl", 0.95)])
+def test_an_inverted_search_finds_another_mask_with_the_same_budget(method, shared):
+    masks, inverted = BENCH.find(method, 0), BENCH.find(method, 0, inverted=True)
     overlap = sum(int((mask & inverted[name]).sum()) for name, mask in masks.items())
     total = sum(int(mask.sum()) for mask in masks.values())
     assert total == sum(int(mask.sum()) for mask in inverted.values())
-    assert overlap < 0.05 * total
+    assert overlap < shared * total
 
 
 class Spy(Bench):
@@ -74,7 +71,7 @@ def test_each_control_changes_one_thing(spy):
         assert not torch.equal(other[name], mask)
         assert not torch.equal(inverted[name], mask)
     assert [(seed, weights) for _, seed, weights in spy.seen] == [(7, 7), (7, 7), (7, 1007), (7, 7)]
-    assert [row.check for row in sanity_checks.check(("rigl", 7), spy)] == list(sanity_checks.CHECKS[:3])
+    assert [row.check for row in sanity_checks.check(("rigl", 7), spy)] == list(sanity_checks.CHECKS)
 
 
 def test_random_masks_of_smart_ratio_have_the_budget(spy):
@@ -104,21 +101,8 @@ def test_the_command_prints_its_table(capsys):
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
     assert ["mask", "ticket", "shuffled", "re-initialised", "inverted"] in lines
-    assert len(next(line for line in lines if line[:1] == ["rigl"])) == 4
+    assert len(next(line for line in lines if line[:1] == ["rigl"])) == 5
     assert len(next(line for line in lines if line[:1] == ["smart-ratio"])) == 2
-
-
-def test_a_method_that_is_not_there_is_left_out_in_words(capsys, monkeypatch):
-    def of(cls, choice):
-        if choice == "snip":
-            raise ValueError("unknown name")
-        return Static()
-
-    monkeypatch.setattr(Method, "of", classmethod(of))
-    sanity_checks.main(["--methods", "snip", "smart-ratio", "--seeds=1", "--epochs=1", "--workers=1"])
-    shown = capsys.readouterr().out
-    assert "snip is left out: this version does not know it" in shown
-    assert "smart-ratio" in shown
 
 
 def test_it_runs_as_a_script_with_several_workers(tmp_path):

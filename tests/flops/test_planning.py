@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from examples.paper_networks import ResNet50
-from lightning_rigl import ER, ERK, PerLayer, Uniform, UpdateSchedule
+from lightning_rigl import ER, ERK, Gradual, Method, PerLayer, Uniform, UpdateSchedule
 from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.measure import cost_table, measure, measurement
 from lightning_rigl.flops.planning import plan_flops, sparsity_for_ratio, steps_for_budget
@@ -178,6 +178,16 @@ def test_the_methods_are_compared_at_one_distance_of_updates(every):
 def test_a_plan_that_makes_no_sense_is_refused(source, options, message):
     with pytest.raises(ValueError, match=message):
         plan_flops(source, **options)
+
+
+def test_a_method_that_prunes_along_says_how():
+    class Halving(Gradual):
+        planned = Method.planned
+
+    with pytest.raises(ValueError, match=r"method Halving starts dense .* give it planned\(size, target"):
+        plan_flops(LENET, method=Halving(), steps=100)
+    costs = [plan_flops(LENET, method=m, steps=1000).run.train for m in ("gemminer", "dnw")]
+    assert costs[0] > costs[1]
 
 
 def test_an_example_without_a_model_is_refused():

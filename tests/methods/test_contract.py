@@ -191,4 +191,4 @@ def test_a_method_says_who_wrote_of_it_and_has_a_short_name(method):
     assert isinstance(Method.of(method.lower()), kind)
     assert "Reference:" in kind.__doc__
     assert kind.gradient in ("never", "at_updates", "every_step")
-    assert inspect.getsource(inspect.getmodule(kind)).count("\n") <= 150
+    assert inspect.getsource(inspect.getmodule(kind)).count("\n") <= 120

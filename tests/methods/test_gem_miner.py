@@ -16,7 +16,8 @@ from torch import nn
 
 from lightning_rigl import Connections, RigLCallback, Sparsifier, UpdateSchedule
 from lightning_rigl.methods.base import Moment
-from lightning_rigl.methods.gem_miner import GemMiner, freeze
+from lightning_rigl.methods.gem_miner import GemMiner
+from lightning_rigl.topology.overall import freeze
 from tests.callbacks.problems import data, small, trainer
 from tests.callbacks.stateful_loader import read, run, same
 from tests.methods.latent_loop import Loop, Twin

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_rigl.topology import selection
-from lightning_rigl.topology.overall import drops
+from lightning_rigl.topology.overall import drops, highest
 
 
 def slow(scores, active, count):
@@ -47,3 +47,12 @@ def test_layers_of_different_types_are_ranked_by_their_values():
 def test_a_negative_count_is_refused():
     with pytest.raises(ValueError, match="-1"):
         drops([torch.ones(3)], [torch.ones(3) > 0], -1)
+
+
+def test_the_highest_of_all_layers_are_a_mask_of_each():
+    scores = [torch.tensor([0.9, 0.1, 0.5]), torch.tensor([[0.7], [0.2]])]
+    among = [torch.ones(3, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)]
+    assert [mask.tolist() for mask in highest(scores, among, 2)] == [[True, False, False], [[True], [False]]]
+    assert highest([], [], 0) == []
+    with pytest.raises(ValueError, match="asked to select 6 of 5"):
+        highest(scores, among, 6)
