@@ -260,12 +260,12 @@ class Sparsifier:
         return self.timetable is not None and self.timetable.due(step, last_update(own, step), clock)
 
     def before_step(self, optimizer: Optimizer, step: int, clock: float | None = None) -> bool:
-        """Update the topology if due, and say whether, else mask gradients; call it before ``optimizer.step()``.
+        """Update the topology if that is due, else mask the gradients; call it before ``optimizer.step()``.
 
-        An update takes the place of the optimizer step: all gradients of the optimizer become None, so that
-        the step that follows changes nothing; where the schedule says so, it follows that step. One that
-        meets a non-finite gradient, or none at all, is postponed; a step whose update is done (in a resumed
-        run) changes nothing.
+        An update (then it gives True) takes the place of the optimizer step: all gradients of the optimizer
+        become None, so that the step that follows changes nothing; where the schedule says so, it follows
+        that step. One that meets a non-finite gradient, or none at all, is postponed; a step whose update is
+        done (in a resumed run) changes nothing.
 
         Args:
             optimizer: the one about to step; only the layers among its parameters are touched.
