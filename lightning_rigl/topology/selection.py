@@ -18,8 +18,8 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
 
     Exact, without sorting a layer: a sample of the scores gives a bound that most candidates fail; a radix
     selection finds the threshold among the rest, by a histogram of the upper bits of an order-preserving
-    integer, then of the next bits inside one bin. The result does not depend on device, sample, or whether the
-    native kernels, once loaded, do it. Half types are ranked as float32; ``-0.0`` equals ``0.0``.
+    integer, then of the next bits inside one bin. The result does not depend on device, sample, or whether
+    the native kernels, once loaded, do it. Half types are ranked as float32; ``-0.0`` equals ``0.0``.
 
     Args:
         scores: any shape, floating; a nan ranks above infinity.
