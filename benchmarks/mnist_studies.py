@@ -210,7 +210,7 @@ def train_as_published(case: Case, directory: Path, epochs: int = 100) -> dict[s
 
 def as_published(seeds: int, epochs: int = 100) -> Study:
     """The published row of SNFS and SET, and RigL and Static beside it."""
-    shared = {m: SPARSITIES for m in ("static", "set", "snfs", "snfsoriginal", "rigl")}
+    shared = dict.fromkeys(("static", "set", "snfs", "snfsoriginal", "rigl"), SPARSITIES)
     shared |= {f"{m}-erk": SPARSITIES[2:] for m in ("static", "set", "rigl")}  # where the shares decide
     cases: list[Case] = [("dense", DENSE, seed) for seed in range(seeds)]
     cases += [(m, s, seed) for seed in range(seeds) for m, own in shared.items() for s in own]
