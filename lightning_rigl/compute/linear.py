@@ -15,6 +15,7 @@ from lightning_rigl.compute.compiled import sparse_linear
 from lightning_rigl.compute.operators import backend_of
 from lightning_rigl.compute.structure import Structure
 
+_OPS: Any = torch.ops.lightning_rigl
 _PROBES = 256  # places of a gradient that are looked at
 _BUFFERS = 2  # for gradients; a second one serves micro-batches and a layer that is used twice
 
@@ -95,7 +96,11 @@ class SparseProduct:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of x of shape (..., inputs) the product, (..., outputs)."""
         flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Linear.apply(flat, self.parameter, bias, self)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if torch.is_grad_enabled():
+            y = _Linear.apply(flat, self.parameter, bias, self)  # type: ignore[no-untyped-call]
+        else:  # inside a function a FLOP counter could not tell that gradients are disabled
+            y = _OPS.linear_forward(flat, self.parameter, bias, self.structure.tensors, self.backend)[0]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def buffer(self) -> Tensor:
@@ -151,7 +156,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: SparseProduct) -> Tensor:
         s: Structure = product.structure
         y: Tensor
-        y, kept, values = torch.ops.lightning_rigl.linear_forward(x, weight, bias, s.tensors, product.backend)
+        y, kept, values = _OPS.linear_forward(x, weight, bias, s.tensors, product.backend)
         ctx.save_for_backward(x, weight, values, kept)
         ctx.product, ctx.structure = product, s
         return y
@@ -173,9 +178,7 @@ class _Linear(torch.autograd.Function):
         if active:
             product.partial = True
             into = None if product.active_gradient else product.buffer()
-        dx, dvalues = torch.ops.lightning_rigl.linear_backward(
-            grad, kept, values, s.tensors, of_x, active, into, product.backend
-        )
+        dx, dvalues = _OPS.linear_backward(grad, kept, values, s.tensors, of_x, active, into, product.backend)
         dweight = grad.t() @ x if dense else None
         if active:
             dweight = product.sparse(dvalues) if into is None else product.written(into)

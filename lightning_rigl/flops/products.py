@@ -73,6 +73,15 @@ def _recurrent(x: Tensor, weights: Sequence[Tensor], hx: Tensor, projected: bool
     return products
 
 
+def _connections(args: Args, out: Tensor) -> list[Product]:
+    # An exported layer: the values that are left of its weight, each once for each vector of the input.
+    x, values, inputs = args[0], args[1], args[5]
+    return [Product(((x,), (values,)), x.numel() // max(inputs, 1) * values.numel(), out.numel())]
+
+
+# Of layers that compute sparsely while they are trained: input, weight and bias, then where the zeros are.
+SPARSE = {"lightning_rigl.linear_forward", "lightning_rigl.sparse_linear"}
+EXPORTED = {f"lightning_rigl.{name}{end}" for name in ("linear", "conv1x1") for end in ("", "_with_gradient")}
 # By name: not every version of torch has every operator.
 PRODUCTS: dict[str, Callable[[Args, Tensor], list[Product]]] = {
     **dict.fromkeys(("aten.addmm_", "aten.baddbmm_", "aten.addmv_"), _addmm),
@@ -85,6 +94,8 @@ PRODUCTS: dict[str, Callable[[Args, Tensor], list[Product]]] = {
     "aten._trilinear": _trilinear,
     "aten.mkldnn_rnn_layer": lambda args, out: _recurrent(args[0], args[1:5], args[5], False),
     "aten._cudnn_rnn": lambda args, out: _recurrent(args[0], args[1], args[4], args[8] > 0),
+    **dict.fromkeys(SPARSE, _matmul),
+    **dict.fromkeys(EXPORTED, _connections),
     "aten._scaled_dot_product_flash_attention": _attention,
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._scaled_dot_product_efficient_attention": _attention,

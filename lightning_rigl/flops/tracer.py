@@ -19,7 +19,7 @@ from lightning_rigl.flops.costs import CostTable, LayerCost
 from lightning_rigl.flops.custom_functions import is_trained_inside
 from lightning_rigl.flops.doubts import Doubts
 from lightning_rigl.flops.memory import ParameterMemory, Slice, storage_of, tensors_of
-from lightning_rigl.flops.products import PRODUCTS, Args, Product
+from lightning_rigl.flops.products import PRODUCTS, SPARSE, Args, Product
 
 
 @dataclass
@@ -47,6 +47,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
     ties. A product of two parameters is scaled by both; one of none is booked apart and never scaled. Another
     operator that reads a parameter of two or more dimensions is listed in ``unknown``, unless it is a norm, a
     reduction, or a lookup or element-wise work that makes activations, which FLOP counts leave out.
+
+    A layer that computes sparsely while it is trained counts as the dense one; one of `export.sparse` has no
+    parameter, and counts what it has left.
 
     Two rules: attention counts the whole square, whatever a causal mask leaves out, and a bilinear layer is
     its first input times the weight, then times the second.
@@ -188,6 +191,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base cl
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _book(self, name: str, func: Any, args: Args, out: Any, again: bool) -> None:
+        args = args[:3] if name in SPARSE else args  # the rest is where the zeros are
         inputs, outputs = list(tensors_of(args)), list(tensors_of([out]))
         if isinstance(func, HigherOrderOperator):
             self._doubts.add(name)  # what it does inside stays hidden
