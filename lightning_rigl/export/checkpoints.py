@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rigl.export.packing import Packer, check_packable, is_entry, unpack
+from lightning_rigl.export.packing import Entry, Packer, check_packable, checksum, is_entry, unpack
 from lightning_rigl.model.layers import clean_name
 
-VERSION = 1
+VERSION = 2  # in version 1 entries had no checksum
 MARK = "lightning_rigl_packing"  # the key of a packed checkpoint that holds the version
 
 
@@ -50,15 +50,19 @@ def pack_checkpoint(checkpoint: Mapping[str, Any], masks: Mapping[str, Tensor]) 
         if _is_plain(state[key]):
             packer.pack(state[key], mask)
 
-    def leaf(value: Any) -> Any:
+    def leaf(value: Any, path: str) -> Any:
         if not isinstance(value, Tensor) or not _is_plain(value):
             return value
         if value.dtype == torch.uint8:
             return packer.shared(value)  # the masks of the callback are the same bits
-        entry = packer.pack(value) if value.is_floating_point() else {"encoding": "whole"}
-        return value if entry["encoding"] == "whole" else entry
+        entry: Entry = packer.pack(value) if value.is_floating_point() else {"encoding": "whole"}
+        if entry["encoding"] == "whole":
+            return value
+        if "crc32" not in entry:  # else it is tied to another one
+            entry["crc32"] = checksum(entry)
+        return entry
 
-    packed = {key: walk(value, leaf) for key, value in checkpoint.items()}
+    packed = {key: walk(value, leaf, key) for key, value in checkpoint.items()}
     return {**packed, MARK: VERSION}
 
 
@@ -66,28 +70,35 @@ def unpack_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that `pack_checkpoint` packed; one that is not packed, as it is.
 
     Raises:
-        ValueError: it was packed by a newer version, or an entry is damaged.
+        ValueError: it was packed by a newer version, or an entry is damaged, which a checksum tells.
     """
     if MARK not in checkpoint:
         return dict(checkpoint)
-    if (version := checkpoint[MARK]) != VERSION:
+    if (version := checkpoint[MARK]) not in (1, VERSION):
         raise ValueError(
-            f"the checkpoint is packed in format {version!r} and this version reads {VERSION}; update "
+            f"the checkpoint is packed in format {version!r} and this version reads 1 and {VERSION}; update "
             "lightning-rigl"
         )
     known: dict[int, Tensor] = {}
 
-    def leaf(value: Any) -> Any:
-        if not is_entry(value):
-            return value
-        if id(value) not in known:  # tied tensors are one entry
-            try:
-                known[id(value)] = unpack(value)
-            except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-                raise ValueError(f"the checkpoint is damaged: {error}; take another copy") from error
-        return known[id(value)]
+    def leaf(value: Any, path: str) -> Any:
+        if is_entry(value) and id(value) not in known:  # tied tensors are one entry
+            known[id(value)] = _checked(value, path, version)
+        return known.get(id(value), value)
 
-    return {key: walk(value, leaf) for key, value in checkpoint.items() if key != MARK}
+    return {key: walk(value, leaf, key) for key, value in checkpoint.items() if key != MARK}
+
+
+def _checked(entry: Mapping[str, Any], path: str, version: int) -> Tensor:
+    """The tensor of an entry that is as it was written."""
+    try:
+        right = version == 1 or entry.get("crc32") == checksum(entry)
+        tensor, why = unpack(entry) if right else None, " does not have the checksum it was written with"
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        tensor, why = None, f": {error}"
+    if tensor is None:
+        raise ValueError(f"the checkpoint is damaged: {path}{why}; take another copy")
+    return tensor
 
 
 def masks_by_key(state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,15 +132,20 @@ def _is_plain(tensor: Tensor) -> bool:
     return True
 
 
-def walk(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+def walk(tree: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
     """The tree with its leaves replaced, in new containers; an entry of the packing is a leaf.
 
     Containers are dicts, lists and tuples; others are leaves, for torch.load would not read them safely.
+
+    Args:
+        tree: of containers and leaves.
+        leaf: a leaf and its path -> what takes its place.
+        path: of the tree: the keys that lead to it, with ``/`` between them.
     """
     if type(tree) in (dict, OrderedDict) and not is_entry(tree):
         new = copy.copy(tree)  # with the attributes of a state dict
-        new.update({key: walk(value, leaf) for key, value in tree.items()})
+        new.update({key: walk(value, leaf, f"{path}/{key}") for key, value in tree.items()})
         return new
     if type(tree) in (list, tuple):
-        return type(tree)(walk(value, leaf) for value in tree)
-    return leaf(tree)
+        return type(tree)(walk(value, leaf, f"{path}/{i}") for i, value in enumerate(tree))
+    return leaf(tree, path)

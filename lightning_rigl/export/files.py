@@ -60,7 +60,7 @@ def save(
     content: dict[str, Any] = {"model": {name: packer.pack(t, active.get(name)) for name, t in state.items()}}
     if optimizer is not None:
         content["optimizer"] = walk(
-            optimizer.state_dict(), lambda leaf: packer.pack(leaf) if isinstance(leaf, Tensor) else leaf
+            optimizer.state_dict(), lambda leaf, _: packer.pack(leaf) if isinstance(leaf, Tensor) else leaf
         )
     container.write(path, content)
 
@@ -92,7 +92,8 @@ def load(
             raise ValueError(f"{str(path)!r} holds no optimizer; give optimizer= to export.save")
         saved = walk(
             content["optimizer"],
-            lambda leaf: _dense(path, "optimizer", leaf, known) if is_entry(leaf) else leaf,
+            lambda leaf, place: _dense(path, place, leaf, known) if is_entry(leaf) else leaf,
+            "optimizer",
         )
         _check_optimizer(path, saved, optimizer.state_dict())
     if model is not None:

@@ -8,13 +8,15 @@ An entry is a dict of plain types and tensors, so that ``torch.load(weights_only
 - ``encoding`` and ``places``: where the values are. ``bits`` holds a bit for each weight, the first weight in
   the lowest bit. ``gaps`` holds for each value how many zeros are before it, in bytes; 255 stands for 255
   zeros and no value. ``whole`` needs no places;
-- ``mask``: the mask that was given, as another such encoding, or the word ``places`` where it is the places.
+- ``mask``: the mask that was given, as another such encoding, or the word ``places`` where it is the places;
+- ``crc32``: in a checkpoint, the `checksum` of all the others.
 
 Zero is +0.0 alone: -0.0 and nan are values. Places of a mask are kept whatever they hold.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from math import prod
 from typing import Any, TypeAlias
@@ -144,7 +146,19 @@ def unpack(entry: Mapping[str, Any]) -> Tensor:
 
 def is_entry(value: object) -> bool:
     """Whether it is what `Packer.pack` gives."""
-    return isinstance(value, dict) and value.keys() - {"mask", "places"} == _KEYS
+    return isinstance(value, dict) and value.keys() - {"mask", "places", "crc32"} == _KEYS
+
+
+def checksum(entry: Mapping[str, Any], start: int = 0) -> int:
+    """The crc32 of all that an entry says and holds, but for ``crc32`` itself."""
+    crc = start
+    for key in sorted(entry.keys() - {"crc32"}):
+        if isinstance(value := entry[key], Mapping):
+            crc = checksum(value, crc)
+        else:
+            data: Any = integers(value.cpu()) if isinstance(value, Tensor) else repr((key, value)).encode()
+            crc = zlib.crc32(data, crc)
+    return crc
 
 
 def unpack_mask(entry: Mapping[str, Any]) -> Tensor | None:

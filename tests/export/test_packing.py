@@ -348,15 +348,56 @@ def test_bad_checkpoints_and_masks():
     packed = pack_checkpoint(checkpoint, masks)
     with pytest.raises(ValueError, match="packed already"):
         pack_checkpoint(packed, masks)
-    with pytest.raises(ValueError, match="format 2 and this version reads 1; update"):
-        unpack_checkpoint({**packed, "lightning_rigl_packing": 2})
+    with pytest.raises(ValueError, match="format 3 and this version reads 1 and 2; update"):
+        unpack_checkpoint({**packed, "lightning_rigl_packing": 3})
     with pytest.raises(ValueError, match=r"three\.weight: there is a mask of that name and no tensor"):
         pack_checkpoint(checkpoint, {"three.weight": masks["one.weight"]})
     with pytest.raises(ValueError, match=r"one.weight: the mask is \(8, 8\) and the tensor \(64, 64\)"):
         pack_checkpoint(checkpoint, {"one.weight": torch.ones(8, 8, dtype=torch.bool)})
     packed["state_dict"]["one.weight"]["values"] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"the checkpoint is damaged: .* places and 3 values"):
+    with pytest.raises(ValueError, match=r"damaged: state_dict/one\.weight: .* places and 3 values"):
+        unpack_checkpoint({**packed, "lightning_rigl_packing": 1})
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("part", ["values", "places"])
+def test_a_flipped_bit_of_a_packed_tensor_is_found_and_named(part, dtype):
+    weight, mask = sparse(64, 64, dtype=dtype), torch.rand(64, 64) < 0.1
+    packed, _ = through_a_file(pack_checkpoint({"state_dict": {"one.weight": weight}}, {"one.weight": mask}))
+    code = packed["state_dict"]["one.weight"][part].view(torch.uint8)
+    code[len(code) // 2] ^= 1
+    with pytest.raises(ValueError, match=r"damaged: state_dict/one\.weight does not have the checksum"):
         unpack_checkpoint(packed)
+
+
+@pytest.mark.parametrize("change", [{"shape": [32, 128]}, {"order": [1, 0]}, {"crc32": 0}, {"mask": "none"}])
+def test_another_description_of_a_packed_tensor_is_found(change):
+    masks = two_masks()
+    packed = pack_checkpoint(lightning_checkpoint(masks), masks)
+    packed["state_dict"]["two.weight"].update(change)
+    with pytest.raises(ValueError, match=r"state_dict/two\.weight does not have the checksum"):
+        unpack_checkpoint(packed)
+
+
+def test_state_and_latent_weights_have_a_checksum():
+    masks = two_masks()
+    checkpoint = lightning_checkpoint(masks)
+    checkpoint["state_dict"]["one.weight"].view(-1)[:9] = 1.0  # latent ones, too: the mask has its own places
+    packed, _ = through_a_file(pack_checkpoint(checkpoint, masks))
+    packed["optimizer_states"][0]["state"][0]["exp_avg"]["values"][0] += 1
+    with pytest.raises(ValueError, match="damaged: optimizer_states/0/state/0/exp_avg does not have"):
+        unpack_checkpoint(packed)
+
+
+def test_a_checkpoint_of_the_first_format_is_read():
+    masks = two_masks()
+    checkpoint = lightning_checkpoint(masks)
+    packed = pack_checkpoint(checkpoint, masks)
+    for entry in (*packed["state_dict"].values(), *packed["optimizer_states"][0]["state"][0].values()):
+        if is_entry(entry):
+            del entry["crc32"]
+    packed["lightning_rigl_packing"] = 1
+    assert_same_tree(unpack_checkpoint(packed), checkpoint)
 
 
 def test_numpy_and_torch_agree_on_the_bits():
