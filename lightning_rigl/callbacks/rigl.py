@@ -77,8 +77,9 @@ class RigLCallback(Callback):
         compute: how linear layers compute while fitting: dense, as the model does it; native or torch, by
             products that skip the zeros, on the CPU in float32 (docs/speed.md); auto, by the better of these
             where a layer gains.
-        pack_checkpoints: write checkpoints without the zeros, an eighth as large at 90 %. They are read
-            where this is set; `lightning_rigl.export.unpack_checkpoint` makes plain ones of them.
+        pack_checkpoints: write checkpoints without the zeros, an eighth as large at 90 %. A Trainer with this
+            callback reads them whether or not this is set; without it (``load_from_checkpoint``) they are
+            made plain by `lightning_rigl.export.unpack_checkpoint` first.
 
     Raises:
         ValueError: bad input, before anything is changed.
@@ -179,12 +180,14 @@ class RigLCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is changed."""
         self._module, self._fitting, self._resumed = weakref.ref(pl_module), stage == "fit", False
-        if self._packs:
-            packed_checkpoints.pack(trainer, lambda: self.sparsifier.masks if self.sparsifier else {})
         if self._fitting:
             refuse_trainer(trainer)
             self._clock.set_up(trainer)
             self._dense_checkpoint = False
+        packed_checkpoints.around(trainer, self._masks_now if self._packs else None)
+
+    def _masks_now(self) -> dict[str, Tensor]:
+        return self.sparsifier.masks if self.sparsifier else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the masks, or take those of the checkpoint; from here on the model is sparse."""

@@ -80,3 +80,47 @@ def test_the_checkpoint_callback_writes_them_and_removes_them(tmp_path):
     content = torch.load(path, weights_only=True)
     assert content["global_step"] == 6
     assert is_entry(content["state_dict"]["layer.0.weight"])
+
+
+def one_step(tmp_path, steps=2, **settings):
+    return pl.Trainer(
+        max_steps=steps,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        limit_test_batches=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        **settings,
+    )
+
+
+def test_reading_needs_no_option(tmp_path):
+    model, path, again = Wide(), tmp_path / "packed.ckpt", tmp_path / "plain.ckpt"
+    first = one_step(tmp_path, callbacks=RigLCallback(0.9, seed=0, schedule=SCHEDULE, pack_checkpoints=True))
+    first.fit(model)
+    first.save_checkpoint(path)
+    assert is_entry(torch.load(path, weights_only=True)["state_dict"]["layer.0.weight"])
+    for entry in ("validate", "test"):
+        other = Wide()
+        trainer = one_step(tmp_path, callbacks=RigLCallback(0.9))
+        getattr(trainer, entry)(other, ckpt_path=path, verbose=False)
+        assert_same_tree(other.state_dict(), model.state_dict())
+    resumed, rigl = Wide(), RigLCallback(0.9, schedule=SCHEDULE)
+    second = one_step(tmp_path, steps=4, callbacks=rigl)
+    second.fit(resumed, ckpt_path=path)
+    assert second.global_step == 4
+    second.save_checkpoint(again)
+    Wide.load_from_checkpoint(again)  # what is written is plain
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_come_back_from_started_processes(packed, tmp_path):
+    torch.set_num_threads(1)
+    model, before = Wide(), Wide().state_dict()
+    rigl = RigLCallback(0.9, seed=0, schedule=SCHEDULE, pack_checkpoints=packed)
+    one_step(tmp_path, callbacks=rigl, strategy="ddp_fork", devices=2).fit(model)
+    assert model.layer[0].weight.count_nonzero() < 0.3 * before["layer.0.weight"].numel()
