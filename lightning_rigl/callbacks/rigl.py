@@ -31,7 +31,7 @@ from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.compute import mode
 from lightning_rigl.methods.base import Method
-from lightning_rigl.model import initial_masks, latent, sparse_init
+from lightning_rigl.model import initial_masks, latent, optimizer_state, sparse_init
 from lightning_rigl.model.grown import refuse_growth
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
@@ -239,6 +239,8 @@ class RigLCallback(Callback):
         if resumed:
             sparsifier.layers.check_agreement()
             sparsifier.engage(trainer.global_step)
+            for optimizer in trainer.optimizers:
+                optimizer_state.widen(optimizer, sparsifier.layers.of(optimizer))
         else:
             sparsifier.start(self._clock.length, step)
             for optimizer in trainer.optimizers:

@@ -23,7 +23,8 @@ class ActiveStep(Optimizer):
 
     The sparsifier tells which parameters compute natively, see `attach`; these are stepped, and their state
     kept, at active connections only, in row-major order. All others are stepped as torch does it. State of
-    a dense run is taken over.
+    a dense run is taken over; the other way round, a resumed fit of RigLCallback makes the state dense for
+    the optimizer of torch.
     """
 
     _plain_step: Callable[..., Any]  # torch's own, without the hooks that ours has already
@@ -56,23 +57,19 @@ class ActiveStep(Optimizer):
             product = self._products.get(parameter)
             if product is not None and self._follow(parameter, product):
                 fresh = where.reshape(-1)[product.structure.places]
-                for value in self._compacted(parameter).values():
+                for value in compacted(self, parameter).values():
                     value.masked_fill_(fresh, 0.0)
 
     def _follow(self, parameter: nn.Parameter, product: SparseProduct) -> bool:
         """Bring the state into the order of the connections that there are now; whether there is one."""
         old, new = self._structures.get(parameter), product.structure
         self._structures[parameter] = new
-        compacted = self._compacted(parameter)
+        known = compacted(self, parameter)
         if old is not None and old is not new:
-            for key, value in compacted.items():
+            for key, value in known.items():
                 carried = topology_calls.carry(_library(product), value, new.inputs, old.rows, new.rows)
                 self.state[parameter][key] = carried
-        return bool(compacted)
-
-    def _compacted(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self.state.get(parameter, {})
-        return {key: state[key] for key in _PER_WEIGHT if _is_compact(state.get(key), parameter)}
+        return bool(known)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -130,13 +127,12 @@ class ActiveStep(Optimizer):
         return found
 
     def _refuse_foreign(self, parameter: nn.Parameter) -> None:
-        for key in _PER_WEIGHT:
-            if _is_compact(self.state.get(parameter, {}).get(key), parameter):
-                raise RuntimeError(
-                    f"{type(self).__name__}: {key} covers active connections only, and the layer of shape "
-                    f"{tuple(parameter.shape)} computes densely now; go on with compute='native', or with a "
-                    "new optimizer"
-                )
+        for key in compacted(self, parameter):
+            raise RuntimeError(
+                f"{type(self).__name__}: {key} covers active connections only, and the layer of shape "
+                f"{tuple(parameter.shape)} computes densely now; go on with compute='native', or with a "
+                "new optimizer"
+            )
 
     def _active_step(
         self, parameter: nn.Parameter, grad: Tensor, product: SparseProduct, group: Mapping[str, Any]
@@ -275,8 +271,11 @@ class ActiveAdamW(ActiveStep, torch.optim.AdamW):
         )
 
 
-def _is_compact(value: object, parameter: nn.Parameter) -> bool:
-    return isinstance(value, Tensor) and value.shape != parameter.shape
+def compacted(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The state of a parameter that covers its active connections only."""
+    state = optimizer.state.get(parameter, {})
+    found = {key: state[key] for key in _PER_WEIGHT if isinstance(state.get(key), Tensor)}
+    return {key: value for key, value in found.items() if value.shape != parameter.shape}
 
 
 def _library(product: SparseProduct) -> Library:

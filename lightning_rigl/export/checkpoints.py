@@ -69,6 +69,9 @@ def pack_checkpoint(checkpoint: Mapping[str, Any], masks: Mapping[str, Tensor]) 
 def unpack_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that `pack_checkpoint` packed; one that is not packed, as it is.
 
+    Optimizer state comes back as it was saved: that of `ActiveSGD` and `ActiveAdamW` holds active connections
+    only, packed or not. A fit resumed with RigLCallback makes it dense where torch's optimizer goes on.
+
     Raises:
         ValueError: it was packed by a newer version, or an entry is damaged, which a checksum tells.
     """

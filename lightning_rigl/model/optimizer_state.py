@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rigl.compute.optimizers import ActiveStep
+from lightning_rigl.compute.backends import NativeBackend
+from lightning_rigl.compute.optimizers import ActiveStep, compacted
 from lightning_rigl.model import sharding
+from lightning_rigl.model.sparse_layer import SparseLayer
 
 
 @cache
@@ -48,6 +50,36 @@ def reset(optimizer: Optimizer, changed: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, state in members.items():
             for key, tensor in state.items():
                 sharding.local(tensor).masked_fill_(changed[parameter], fresh.get(key, 0.0))
+
+
+def widen(optimizer: Optimizer, own: Iterable[SparseLayer]) -> None:
+    """Make state of active connections only, as an `ActiveStep` has saved it, dense where steps are dense.
+
+    Exact: the numbers go to their places, and inactive connections get zeros, as they have in a dense run.
+
+    Args:
+        optimizer: whose state was loaded.
+        own: its layers, with the masks that the state goes with.
+
+    Raises:
+        ValueError: the state is of another number of connections; that layer's state has not been changed.
+    """
+    optimizer = _innermost(optimizer)
+    for layer in own:
+        product = layer.product
+        native = product is not None and isinstance(product.kernels, NativeBackend)
+        if native and isinstance(optimizer, ActiveStep):
+            continue
+        for key, value in compacted(optimizer, layer.parameter).items():
+            if len(value) != layer.count:
+                raise ValueError(
+                    f"{layer.name}: {key} holds {len(value)} active connections and the mask has "
+                    f"{layer.count}; load a checkpoint whose optimizer and callback are of one step, or "
+                    "begin with a new optimizer"
+                )
+            dense = torch.zeros_like(layer.parameter, memory_format=torch.contiguous_format)
+            dense[layer.mask] = value
+            optimizer.state[layer.parameter][key] = dense
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

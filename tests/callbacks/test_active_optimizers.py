@@ -1,0 +1,71 @@
+"""`ActiveSGD` and `ActiveAdamW` in a `Trainer`: state and gradients of active connections only."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_rigl import ActiveAdamW, ActiveSGD, RigLCallback, UpdateSchedule
+from lightning_rigl.compute import crossover
+from lightning_rigl.export import unpack_checkpoint
+from lightning_rigl.kernels import library
+from tests.callbacks.problems import Small, data, small, trainer
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason=f"no native kernels: {library.why_not()}")
+SCHEDULE = UpdateSchedule(every=4, end=30, drop_fraction=0.5)
+PAIRS = {
+    "SGD": (
+        lambda p: ActiveSGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False),
+    ),
+    "AdamW": (lambda p: ActiveAdamW(p, 0.01), lambda p: torch.optim.AdamW(p, 0.01, foreach=False)),
+}
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Layers of any size compute natively."""
+    monkeypatch.setattr(crossover, "least_rows", lambda size, connections, rule: 1)
+
+
+def rigl(compute="native", **settings):
+    return RigLCallback(0.7, schedule=SCHEDULE, seed=1, compute=compute, **settings)
+
+
+def assert_close(one, other, exact):
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_run_goes_on_with_the_optimizer_of_torch(kind, packed, tmp_path):
+    active, plain = PAIRS[kind]
+    straight = small(optimizer=active)
+    trainer(rigl()).fit(straight, data())
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=16)
+    first = trainer(rigl(pack_checkpoints=packed), saves, max_steps=16, enable_checkpointing=True)
+    first.fit(small(optimizer=active), data())
+    [path] = tmp_path.glob("*.ckpt")
+    saved = unpack_checkpoint(torch.load(path, weights_only=True))["optimizer_states"][0]["state"]
+    assert any(v.dim() == 1 and len(v) < 24 * 16 / 2 for v in saved[0].values() if v.dim()), "not compact"
+    resumed = Small(plain)
+    trainer(rigl()).fit(resumed, data(), ckpt_path=path)
+    assert_close(resumed, straight, exact=kind == "SGD")
+    dense = Small(active)  # the same optimizer, and layers that compute densely
+    trainer(rigl(compute="dense")).fit(dense, data(), ckpt_path=path)
+    assert_close(dense, straight, exact=False)
+
+
+def test_state_of_another_number_of_connections_is_refused_in_words(tmp_path):
+    active, plain = PAIRS["SGD"]
+    first = trainer(rigl(), max_steps=6)
+    first.fit(small(optimizer=active), data())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state = content["optimizer_states"][0]["state"][0]
+    state["momentum_buffer"] = state["momentum_buffer"][:-1]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(
+        ValueError, match=r"net\.0\.weight: momentum_buffer holds .* active connections and the"
+    ):
+        trainer(rigl()).fit(Small(plain), data(), ckpt_path=tmp_path / "other.ckpt")
