@@ -55,9 +55,7 @@ def refuse_optimizers(trainer: Trainer) -> None:
             "RigLCallback does not work with LBFGS: its history mixes all weights, and it evaluates several "
             "gradients a step; use a first-order optimizer such as SGD or AdamW"
         )
-    if any(
-        isinstance(optimizer, ActiveStep) and optimizer.active_gradients for optimizer in trainer.optimizers
-    ):
+    if _has_sparse_gradients(trainer):
         for what, reason in (
             (trainer.gradient_clip_val, f"gradient_clip_val={trainer.gradient_clip_val}"),
             (trainer.world_size > 1, f"{trainer.world_size} processes"),
@@ -67,6 +65,16 @@ def refuse_optimizers(trainer: Trainer) -> None:
                     f"active_gradients=True makes sparse gradients, and torch cannot do this with them: "
                     f"{reason}; leave active_gradients out"
                 )
+
+
+def known_cause(trainer: Trainer, exception: BaseException) -> str | None:
+    """What to say of an exception that comes from sparse gradients, in torch's words; None of any other."""
+    if "Sparse" not in str(exception) or not _has_sparse_gradients(trainer):
+        return None
+    return (
+        "active_gradients=True makes sparse gradients, and torch cannot do all with them, as clipping in "
+        "manual optimization (clip_gradients, torch.nn.utils.clip_grad_norm_); leave active_gradients out"
+    )
 
 
 def refuse_shared(
@@ -140,6 +148,10 @@ def _sign_of_training(
             if (scale != scale.flatten()[0]).any():
                 return f"{name}.weight differs from its first value"
     return None
+
+
+def _has_sparse_gradients(trainer: Trainer) -> bool:
+    return any(isinstance(it, ActiveStep) and it.active_gradients for it in trainer.optimizers)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -17,6 +17,7 @@ from lightning_rigl.callbacks import packed_checkpoints
 from lightning_rigl.callbacks.averaging import mask_averages
 from lightning_rigl.callbacks.checks import (
     concerns,
+    known_cause,
     refuse_module,
     refuse_optimizers,
     refuse_shared,
@@ -325,7 +326,8 @@ class RigLCallback(Callback):
         self._empty_step.over(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the trainer and the module as they were."""
+        """Leave the trainer and the module as they were; say in words what torch may have said."""
+        self._say(known_cause(trainer, exception))
         self._empty_step.over(trainer)
         self._leave()
 

@@ -155,7 +155,7 @@ class ActiveSGD(ActiveStep, torch.optim.SGD):
         nesterov: as there.
         maximize: as there.
         active_gradients: let gradients be `torch.sparse_coo_tensor` between updates, so that nothing passes
-            over a dense one; clipping is impossible then.
+            over a dense one; clipping is impossible then, in manual optimization too.
 
     Raises:
         ValueError: as of `torch.optim.SGD`.

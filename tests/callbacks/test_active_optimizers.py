@@ -69,3 +69,49 @@ def test_state_of_another_number_of_connections_is_refused_in_words(tmp_path):
         ValueError, match=r"net\.0\.weight: momentum_buffer holds .* active connections and the"
     ):
         trainer(rigl()).fit(Small(plain), data(), ckpt_path=tmp_path / "other.ckpt")
+
+
+class Manual(Small):
+    """Clips by hand, or stops in the middle of a step."""
+
+    automatic_optimization = False
+    way = "norm"
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        if self.way == "crash" and batch_idx == 1:
+            assert self.net[0].weight.grad.is_sparse
+            raise KeyError("crash")
+        if self.way == "torch":
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        elif self.way != "crash":
+            self.clip_gradients(optimizer, 0.1, self.way)
+        optimizer.step()
+
+
+def sparse_gradients(parameters):
+    return ActiveSGD(parameters, 0.1, active_gradients=True)
+
+
+@pytest.mark.parametrize("way", ["norm", "value", "torch"])
+def test_clipping_sparse_gradients_by_hand_is_said_in_words(way):
+    module = Manual(sparse_gradients)
+    module.way = way
+    with (
+        pytest.warns(
+            UserWarning, match="active_gradients=True makes sparse gradients.*leave active_gradients"
+        ),
+        pytest.raises((NotImplementedError, RuntimeError), match="Sparse"),
+    ):
+        trainer(rigl("native")).fit(module, data())
+
+
+def test_other_exceptions_are_left_alone(recwarn):
+    module = Manual(sparse_gradients)
+    module.way = "crash"
+    with pytest.raises(KeyError):
+        trainer(rigl()).fit(module, data())
+    assert not [w for w in recwarn if "active_gradients" in str(w.message)]
