@@ -69,7 +69,7 @@ def refuse_optimizers(trainer: Trainer) -> None:
 
 def known_cause(trainer: Trainer, exception: BaseException) -> str | None:
     """What to say of an exception that comes from sparse gradients, in torch's words; None of any other."""
-    if "Sparse" not in str(exception) or not _has_sparse_gradients(trainer):
+    if "SparseCPU" not in str(exception) or not _has_sparse_gradients(trainer):
         return None
     return (
         "active_gradients=True makes sparse gradients, and torch cannot do all with them, as clipping in "

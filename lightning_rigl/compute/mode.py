@@ -90,9 +90,12 @@ class SparseCompute:
         switch.on(products)
 
     def end(self) -> None:
-        """Give the layers back as they were."""
+        """Give the layers back as they were; gradients that are sparse become dense."""
         switch.off(self._model)
         for layer in self._layers.values():
+            grad = layer.parameter.grad
+            if layer.product is not None and grad is not None and grad.is_sparse:
+                layer.parameter.grad = grad.to_dense()
             layer.product = None
 
 

@@ -109,9 +109,21 @@ def test_clipping_sparse_gradients_by_hand_is_said_in_words(way):
         trainer(rigl("native")).fit(module, data())
 
 
-def test_other_exceptions_are_left_alone(recwarn):
+def test_other_exceptions_are_left_alone_and_gradients_are_dense_after_them(recwarn):
     module = Manual(sparse_gradients)
     module.way = "crash"
     with pytest.raises(KeyError):
         trainer(rigl()).fit(module, data())
     assert not [w for w in recwarn if "active_gradients" in str(w.message)]
+    weight = module.net[0].weight
+    assert weight.grad.layout == torch.strided, "a plain layer is left with a sparse gradient"
+    assert 0 < weight.grad.count_nonzero() <= weight.count_nonzero()
+    module(torch.randn(2, 16)).sum().backward()  # adds up
+
+
+def test_a_fit_leaves_dense_gradients():
+    module = small(optimizer=sparse_gradients)
+    trainer(rigl(), max_steps=4).fit(module, data())
+    trainer(rigl(method="static"), max_steps=2).fit(module, data())
+    grads = [p.grad for p in module.parameters()]
+    assert all(g is None or g.layout == torch.strided for g in grads)
