@@ -116,8 +116,8 @@ def compile_into(path: Path, compiler: Sequence[str], target: Sequence[str] | No
     Args:
         path: of the library to be.
         compiler: the command and its first arguments.
-        target: options that choose the instructions, such as ``-march=x86-64-v3 -fopenmp``, as prebuilt
-            libraries need them; None for those of this machine.
+        target: options that choose the instructions, such as ``-march=x86-64-v3``, as prebuilt libraries
+            need them; None for those of this machine.
 
     Raises:
         BuildError: the compiler failed; the message repeats its last lines.
@@ -125,7 +125,7 @@ def compile_into(path: Path, compiler: Sequence[str], target: Sequence[str] | No
     """
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as folder:
         made, stamp = Path(folder) / path.name, Path(folder) / "stamp.json"
-        for attempt in _ATTEMPTS if target is None else (target,):
+        for attempt in _ATTEMPTS if target is None else ((*target, "-fopenmp"), (*target,)):
             trouble = _compile(compiler, (*FLAGS, *attempt), made)
             if not trouble:
                 break
@@ -197,7 +197,7 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], output: Path) -> str
 
 def _needs(options: Sequence[str]) -> list[str]:
     """The CPU flags without which code of these options must not run."""
-    v3 = ["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]
+    v3 = ["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_2"]
     levels = {"-march=x86-64-v3": v3}
     levels["-march=x86-64-v4"] = [*v3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
     return [flag for option in options for flag in levels.get(option, ())]
