@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def library(environment: Mapping[str, str]) -> Path:
 
     A library kept beside the sources (as in a wheel) comes first, then one in the cache. Each has a stamp
     beside it, which says of which sources it was made, what it asks of the CPU, and its checksum; one that
-    does not fit is passed over, and one in the cache is compiled anew. Several processes may ask at once:
-    one compiles, the others wait for it, and no one ever sees half a file.
+    does not fit is passed over, and one in the cache is compiled anew, which a warning says before. Several
+    processes may ask at once: one compiles, the others wait for it, and no one ever sees half a file.
 
     Args:
         environment: ``LIGHTNING_RIGL_CACHE`` names the cache folder, ``CXX`` the compiler.
@@ -82,6 +83,10 @@ def _fill(folder: Path, name: str, compiler: Sequence[str]) -> str:
             return unsafe
         with _locked(folder / f"{name}.lock"):
             if refusal(folder / name):
+                warnings.warn(
+                    f"lightning_rigl compiles its kernels into {folder}; this takes some seconds, once",
+                    stacklevel=3,
+                )
                 compile_into(folder / name, compiler)
     except OSError as trouble:
         return trouble.strerror or str(trouble)

@@ -8,19 +8,22 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from lightning_rigl.kernels import build
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32", reason="the kernels are made on Linux and macOS only"
-)
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="the kernels are made on Linux and macOS only"),
+    pytest.mark.filterwarnings("ignore:lightning_rigl compiles its kernels"),
+]
 
 
 class Compiler:
@@ -70,6 +73,31 @@ def test_the_first_request_compiles_and_the_second_finds_it(compiler):
     assert interface_of(first) == build.ABI
     assert build.library(compiler.environment) == first
     assert compiler.number_of_calls() == 1
+
+
+def test_a_compilation_is_announced_with_its_place_and_a_library_that_is_there_is_not(compiler):
+    words = rf"compiles its kernels into {re.escape(str(compiler.cache))}; this takes some seconds, once"
+    with pytest.warns(UserWarning, match=words):
+        build.library(compiler.environment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build.library(compiler.environment)
+
+
+def test_nothing_is_announced_where_nothing_can_be_written(compiler, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    environment = {**compiler.environment, "LIGHTNING_RIGL_CACHE": str(tmp_path / "file" / "cache")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(build.BuildError, match="Not a directory"):
+            build.library(environment)
+
+
+def test_the_announcement_comes_before_the_compiler_is_called(compiler, monkeypatch):
+    calls = []
+    monkeypatch.setattr(build.warnings, "warn", lambda *words, **_: calls.append(compiler.number_of_calls()))
+    build.library(compiler.environment)
+    assert calls == [0]
 
 
 def test_nothing_but_the_library_its_stamp_and_its_lock_stays_behind(compiler):
