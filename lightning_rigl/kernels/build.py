@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class BuildError(RuntimeError):
     """The kernels cannot be had on this machine; the message says why and what helps."""
 
 
-def library(environment: Mapping[str, str]) -> Path:
+def library(environment: Mapping[str, str], refused: Collection[Path] = ()) -> Path:
     """The path of kernels that fit these sources and this machine, compiled now if there are none yet.
 
     A library kept beside the sources (as in a wheel) comes first, then one in the cache. Each has a stamp
@@ -50,22 +50,25 @@ def library(environment: Mapping[str, str]) -> Path:
 
     Args:
         environment: ``LIGHTNING_RIGL_CACHE`` names the cache folder, ``CXX`` the compiler.
+        refused: what this gave before and the system did not load: passed over, in the cache compiled anew.
 
     Raises:
         BuildError: there is no compiler, it failed, or nowhere to write.
     """
-    kept = [path for path in sorted(SOURCES.glob("_kernels*.so")) if not refusal(path)]
+    beside = (path for path in sorted(SOURCES.glob("_kernels*.so")) if path not in refused)
+    kept = [path for path in beside if not refusal(path)]
     if kept:
         return max(kept, key=lambda path: len(_stamp(path)["needs"]))
     compiler = find_compiler(environment)
     name = f"kernels-{_key(compiler)}.so"
     folders = cache_folders(environment)
     for folder in folders:
-        if not refusal(folder / name) and not _unsafe(folder):
-            return folder / name
+        path = folder / name
+        if path not in refused and not refusal(path) and not _unsafe(folder):
+            return path
     troubles = []
     for folder in folders:
-        trouble = _fill(folder, name, compiler)
+        trouble = _fill(folder, name, compiler, folder / name in refused)
         if not trouble:
             return folder / name
         troubles.append(f"{folder} ({trouble})")
@@ -75,14 +78,14 @@ def library(environment: Mapping[str, str]) -> Path:
     )
 
 
-def _fill(folder: Path, name: str, compiler: Sequence[str]) -> str:
+def _fill(folder: Path, name: str, compiler: Sequence[str], anew: bool) -> str:
     """Have the library of this name in this cache; what the file system has against it, if anything."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if unsafe := _unsafe(folder):
             return unsafe
         with _locked(folder / f"{name}.lock"):
-            if refusal(folder / name):
+            if anew or refusal(folder / name):
                 warnings.warn(
                     f"lightning_rigl compiles its kernels into {folder}; this takes some seconds, once",
                     stacklevel=3,
@@ -147,9 +150,12 @@ def find_compiler(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The C++ compiler's command: ``CXX``, or the first of g++, c++ and clang++ that is there.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or ``CXX`` is no command.
     """
-    asked = shlex.split(environment.get("CXX", ""))
+    try:
+        asked = shlex.split(environment.get("CXX", ""))
+    except ValueError as trouble:
+        raise BuildError(f"CXX={environment['CXX']} is not a command: {trouble}; set another CXX") from None
     for command in [asked] if asked else [["g++"], ["c++"], ["clang++"]]:
         if shutil.which(command[0], path=environment.get("PATH")):
             return tuple(command)
@@ -188,16 +194,21 @@ def _files(pattern: str) -> list[Path]:
 
 def _compile(compiler: Sequence[str], flags: Sequence[str], output: Path) -> str:
     """The last lines of the compiler's message if it failed, else nothing."""
-    command = [*compiler, *flags, *map(str, _files("*.cpp")), "-o", str(output)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, errors="replace")
-    except subprocess.TimeoutExpired:
-        return f"no answer after {_SECONDS} seconds"
+    done = _run([*compiler, *flags, *map(str, _files("*.cpp")), "-o", str(output)])
     if done.returncode == 0:
-        return ""
+        return "" if output.is_file() else "it ended without an error, and wrote no library"
     return (
         "\n".join(done.stderr.strip().splitlines()[-_LINES:]) or f"exit status {done.returncode}, no message"
     )
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]}: no answer after {_SECONDS} seconds; set another CXX") from None
+    except OSError as trouble:
+        raise BuildError(f"{command[0]} cannot be run ({trouble.strerror}); set another CXX") from None
 
 
 def _needs(options: Sequence[str]) -> list[str]:
@@ -210,9 +221,7 @@ def _needs(options: Sequence[str]) -> list[str]:
 
 def _key(compiler: Sequence[str]) -> str:
     """What a cached library depends on, in a file's name."""
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, errors="replace"
-    ).stdout
+    version = _run([*compiler, "--version"]).stdout
     parts = [str(ABI), sources_digest(), *compiler, version, *FLAGS, platform.machine(), *sorted(cpu_flags())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 

@@ -103,7 +103,20 @@ class Loader:
     def _find(self) -> Library:
         if self._environment.get("LIGHTNING_RIGL_NATIVE", "1") == "0":
             raise build.BuildError("LIGHTNING_RIGL_NATIVE=0 refuses the kernels; unset it to have them")
-        return Library(build.library(self._environment))
+        return self._usable({})
+
+    def _usable(self, refused: Mapping[Path, str]) -> Library:
+        """A library other than those that the system refused before, with its words, or one compiled anew."""
+        try:
+            path = build.library(self._environment, refused.keys())
+        except build.BuildError as trouble:
+            raise build.BuildError("; ".join([*refused.values(), str(trouble)])) from trouble
+        try:
+            return Library(path)
+        except (OSError, AttributeError) as trouble:
+            if path in refused:
+                raise build.BuildError(f"{trouble}, though compiled anew; set another CXX") from trouble
+            return self._usable({**refused, path: str(trouble)})
 
 
 _PROCESS = Loader(os.environ)  # code is loaded once a process, whoever asks

@@ -222,6 +222,21 @@ def test_a_damaged_library_beside_the_sources_is_passed_over(compiler, monkeypat
     assert build.library(compiler.environment).parent == compiler.cache
 
 
+def test_a_library_that_the_system_refused_is_passed_over_beside_the_sources_and_made_anew_in_the_cache(
+    compiler, monkeypatch, tmp_path
+):
+    _copy_of_sources(monkeypatch, tmp_path)
+    prebuilt = build.SOURCES / "_kernels.so"
+    build.compile_into(prebuilt, [str(compiler.command)], target=())
+    assert build.library(compiler.environment) == prebuilt
+    cached = build.library(compiler.environment, [prebuilt])
+    assert cached.parent == compiler.cache
+    assert build.library(compiler.environment, [prebuilt]) == cached
+    assert compiler.number_of_calls() == 2
+    assert build.library(compiler.environment, [prebuilt, cached]) == cached
+    assert compiler.number_of_calls() == 3
+
+
 # --- no compiler, a compiler that fails, nowhere to write ---
 
 
@@ -230,6 +245,26 @@ def test_a_compiler_that_is_not_there_is_told(compiler):
         build.library({**compiler.environment, "CXX": "/nonexistent"})
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler: g\+\+, c\+\+ and clang\+\+ not found"):
         build.library({"PATH": "/nonexistent"})
+
+
+def test_a_cxx_that_no_shell_would_read_is_told(compiler):
+    with pytest.raises(
+        build.BuildError, match=r"^CXX=g\+\+ ' is not a command: No closing quotation; set ano"
+    ):
+        build.library({**compiler.environment, "CXX": "g++ '"})
+
+
+def test_a_compiler_that_the_system_does_not_run_is_told(compiler):
+    compiler.command.write_bytes(b"\x7fno program")
+    with pytest.raises(build.BuildError, match=r"c\+\+ cannot be run \(Exec format error\); set another CXX"):
+        build.library(compiler.environment)
+
+
+def test_a_compiler_that_writes_nothing_is_told_and_not_the_folder(compiler):
+    compiler.command.write_text("#!/bin/sh\nexit 0\n")
+    words = "could not compile the kernels: it ended without an error, and wrote no library$"
+    with pytest.raises(build.BuildError, match=words):
+        build.library(compiler.environment)
 
 
 def test_the_last_lines_of_a_compiler_that_fails_are_told(pretended):

@@ -1,7 +1,9 @@
 """One library a process, loaded on request; where it cannot be had, the reason in words and no error."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import torch
 
 from lightning_rigl.kernels import build, library, product_calls
 from lightning_rigl.kernels.library import Library, Loader
+
+ignored = pytest.mark.filterwarnings("ignore:lightning_rigl compiles its kernels")
 
 
 def test_the_library_says_what_it_was_made_for(kernels):
@@ -28,7 +32,7 @@ def test_every_request_of_a_process_gets_the_same_library(kernels):
 
 
 def test_nothing_is_compiled_by_looking_whether_it_is_loaded(monkeypatch):
-    monkeypatch.setattr(build, "library", lambda environment: pytest.fail("compiled"))
+    monkeypatch.setattr(build, "library", lambda *asked: pytest.fail("compiled"))
     loader = Loader({})
     assert loader.loaded() is None
     assert loader.why_not() == "not asked for yet"
@@ -36,9 +40,7 @@ def test_nothing_is_compiled_by_looking_whether_it_is_loaded(monkeypatch):
 
 def test_threads_that_ask_at_once_share_one_library(kernels, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        build, "library", lambda environment: (asked.append(1), time.sleep(0.05), kernels.path)[2]
-    )
+    monkeypatch.setattr(build, "library", lambda *_: (asked.append(1), time.sleep(0.05), kernels.path)[2])
     loader = Loader({})
     with ThreadPoolExecutor(4) as pool:
         found = {id(library) for library in pool.map(lambda _: loader.load(), range(8))}
@@ -70,16 +72,62 @@ def test_an_unwritable_cache_is_a_reason_and_no_error(tmp_path):
 
 def test_a_file_that_is_no_library_is_a_reason_and_no_error(monkeypatch, tmp_path):
     (tmp_path / "kernels.so").write_text("words")
-    monkeypatch.setattr(build, "library", lambda environment: tmp_path / "kernels.so")
+    monkeypatch.setattr(build, "library", lambda *asked: tmp_path / "kernels.so")
     loader = Loader({})
     assert loader.load() is None
-    assert "kernels.so" in loader.why_not()
+    assert re.fullmatch(r".*kernels\.so: .*, though compiled anew; set another CXX", loader.why_not())
+
+
+@pytest.fixture
+def cached(kernels, tmp_path):
+    """The path of a library in a cache of its own, made by a pretended compiler, and how to load it."""
+    compiler = tmp_path / "pretended-c++"
+    compiler.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then exit; fi\n'
+        f'while [ "$1" != -o ]; do shift; done\ncp {kernels.path} "$2"\n'
+    )
+    compiler.chmod(0o700)
+    loader = Loader({
+        "CXX": str(compiler), "LIGHTNING_RIGL_CACHE": str(tmp_path / "cache"), "PATH": os.environ["PATH"]
+    })  # fmt: skip
+    return build.library(loader._environment), loader
+
+
+def become_garbage(path):
+    """As its stamp says, but nothing that can be loaded."""
+    path.unlink()
+    path.write_bytes(b"garbage")
+    stamp = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**stamp, "checksum": build._checksum(path)}))
+    assert not build.refusal(path)
+
+
+@ignored
+def test_a_cached_library_that_the_system_refuses_is_compiled_anew(cached, kernels):
+    path, loader = cached
+    become_garbage(path)
+    assert loader.load().path == path
+    assert loader.why_not() == ""
+    assert path.read_bytes() == kernels.path.read_bytes()
+
+
+@ignored
+def test_where_a_refused_library_cannot_be_replaced_both_reasons_are_told(cached, monkeypatch, tmp_path):
+    path, _ = cached
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "sources"))
+    prebuilt = build.SOURCES / "_kernels.so"
+    for suffix in (".so", ".json"):
+        shutil.copy(path.with_suffix(suffix), prebuilt.with_suffix(suffix))
+    become_garbage(prebuilt)
+    loader = Loader({"CXX": "/nonexistent"})
+    assert loader.load() is None
+    assert re.match(r".*_kernels\.so: .*; no C\+\+ compiler: CXX=/nonexistent", loader.why_not())
 
 
 def test_the_search_for_a_reason_is_not_repeated(monkeypatch):
     asked = []
 
-    def refuse(environment):
+    def refuse(*_):
         asked.append(1)
         raise build.BuildError("no")
 
