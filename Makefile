@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint types docs bench bench-speed mnist methods clean
+.PHONY: demo test test-all lint types docs bench bench-speed methods clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,9 +42,6 @@ bench-speed: .venv/.installed  ## sparse products beside dense ones: training, i
 
 methods: .venv/.installed  ## the studies of all methods: make methods STUDY=all DATA_DIR=folder (each under 90 minutes)
 	$(BIN)/python benchmarks/methods.py $(STUDY) --data-dir $(DATA_DIR)
-
-mnist: .venv/.installed  ## LeNet-300-100 at 98 %: make mnist DATA_DIR=folder-with-mnist.npz (under an hour)
-	$(BIN)/python benchmarks/mnist.py --data-dir $(DATA_DIR)
 
 clean:
 	rm -rf .venv build dist site outputs *.egg-info

@@ -1,6 +1,7 @@
 """Methods side by side: the studies, and the folder DIR with their data.
 
     python benchmarks/methods.py all --data-dir DIR           MNIST, 20 epochs, every method at 90 and 98 %
+    python benchmarks/methods.py long --data-dir DIR          MNIST, 100 epochs, four systems at 98 %
     python benchmarks/methods.py equal-flops --data-dir DIR   MNIST, the training FLOPs of 10 dense epochs
     python benchmarks/methods.py published --data-dir DIR     MNIST, 100 epochs, beside published values
     python benchmarks/methods.py text --data-dir DIR          a GRU on characters, 2,000 steps
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from mnist_studies import (
 from networks import Classifier, mlp
 from studies import DENSE, Case, Study, new_trainer, outcome, run
 
-EPOCHS = 20
+EPOCHS, LONG = 20, 100
 OF_THEIR_OWN = ("static", "dsr", "deepr", "dnw", "snip", "snipglobal", "grasp", "synflow", "edgepopup")
 SPARSE = (*OF_THE_PAPER, "gradual", "gradualglobal", *OF_THEIR_OWN, "gemminer")
 
@@ -128,8 +130,28 @@ def everything(seeds: int) -> Study:
     )
 
 
+def long(seeds: int) -> Study:
+    """Dense, Static, SET and RigL at 98 %, 100 epochs."""
+    cases: list[Case] = [("dense", DENSE, seed) for seed in range(seeds)]
+    cases += [(method, 0.98, seed) for seed in range(seeds) for method in ("static", "set", "rigl")]
+    shared = ("model", "data", "epochs", "batch_size", "optimizer", "lr_decay", "distribution")
+    chosen = {name: value for name, value in settings(LONG).items() if name in shared}
+    return Study(
+        "methods_long",
+        f"MNIST, LeNet-300-100 at 98 %, {LONG} epochs",
+        tuple(cases),
+        partial(train, epochs=LONG),
+        {**chosen, "schedule": str(UPDATES)},
+        "Test accuracy in per cent",
+        {},
+        look=images,
+        shown=(96, 99),
+    )
+
+
 STUDIES: dict[str, tuple[Callable[..., Study], int]] = {  # and how many seeds
     "all": (everything, 3),
+    "long": (long, 3),
     "equal-flops": (mnist_studies.equal_flops, 3),
     "published": (mnist_studies.as_published, 1),
     "text": (text_study.study, 3),

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 import struct
 import subprocess
 import sys
@@ -201,39 +200,3 @@ def test_without_matplotlib_the_way_to_install_it_is_named(monkeypatch):
     mask = torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(ImportError, match=r"pip install 'lightning-rigl\[plot\]'"):
         input_connections(mask, mask, torch.rand(2, 2))
-
-
-@pytest.mark.slow
-def test_the_mnist_benchmark_keeps_what_it_has_and_repeats_nothing(tmp_path):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (300, 28, 28), dtype=np.uint8)
-    labels = generator.integers(0, 10, 300, dtype=np.uint8)
-    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-
-    def benchmark(*arguments):
-        script = [
-            sys.executable,
-            str(ROOT / "benchmarks" / "mnist.py"),
-            f"--data-dir={tmp_path}",
-            "--epochs=1",
-        ]
-        done = subprocess.run(
-            [*script, "--seeds=1", f"--output={tmp_path}", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        stored = tmp_path / "mnist.json"
-        return done, json.loads(stored.read_text()) if stored.exists() else None
-
-    done, first = benchmark("--systems", "dense")
-    assert done.returncode == 0, done.stderr
-    done, second = benchmark("--systems", "dense", "rigl")
-    assert done.returncode == 0, done.stderr
-    assert [run["system"] for run in second["runs"]] == ["dense", "rigl"]
-    assert second["runs"][0] == first["runs"][0]
-    assert str(tmp_path) not in json.dumps(second)
-    assert "| rigl |" in (tmp_path / "mnist.md").read_text(encoding="utf-8")
-    done, _ = benchmark("--epochs=2")
-    assert done.returncode == 2
-    assert "holds runs with other settings" in done.stderr
