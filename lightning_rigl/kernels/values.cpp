@@ -82,7 +82,7 @@ LR_EXPORT void lr_sddmm(const float* gradient_panels, const float* x_panels, int
         const int64_t work = matrix.cost(outputs) * most(1, batch);
         share(matrix, 1, work, threads, [&](int64_t place, int64_t end) {
             const int64_t first = place * kTile, last = least(outputs, end * kTile);
-            if (!panels && first < last)
+            if (!panels && first < last && starts[first] < starts[last])
                 std::memset(compact + starts[first], 0, sizeof(float) * (starts[last] - starts[first]));
             for (int64_t p = 0; p < panels;) {  // all rows before the next panels: these stay in the cache
                 const float *gradient = gradient_panels + p * outputs * P, *x = x_panels + p * inputs * P;
