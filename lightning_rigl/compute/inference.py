@@ -32,10 +32,10 @@ def linear(
     """X W^T + b of shape (..., outputs), of x (..., inputs).
 
     Raises:
-        TypeError: ``x`` is not float32.
+        TypeError: ``x`` or the weight is not float32.
         ValueError: it has another number of inputs.
     """
-    _check(x, -1, inputs)
+    _check(x, values, -1, inputs)
     shape = (*x.shape[:-1], len(starts) - 1)
     flat = x if x.dim() == 2 else x.reshape(math.prod(shape[:-1]), inputs)
     kernels = backend_of(backend)
@@ -57,10 +57,10 @@ def conv1x1(
     """W times the channels of each pixel, plus b: (images, outputs, ...) of x (images, inputs, ...).
 
     Raises:
-        TypeError: ``x`` is not float32.
+        TypeError: ``x`` or the weight is not float32.
         ValueError: it has another number of channels.
     """
-    _check(x, 1, inputs)
+    _check(x, values, 1, inputs)
     shape = (len(x), len(starts) - 1, *x.shape[2:])
     if not x.numel():
         return x.new_empty(shape)  # no image or no pixel
@@ -89,7 +89,12 @@ def _compressed(values: Tensor, starts: Tensor, columns: Tensor, inputs: int) ->
     return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
 
 
-def _check(x: Tensor, place: int, inputs: int) -> None:
+def _check(x: Tensor, values: Tensor, place: int, inputs: int) -> None:
+    if values.dtype != torch.float32:
+        raise TypeError(
+            f"the layer is {values.dtype}, and sparse products are float32: take it back with .float(), or "
+            "convert the dense model and take that"
+        )
     if x.dtype != torch.float32:
         raise TypeError(
             f"x is {x.dtype}; sparse products are float32: give x.float(), or take the dense model"

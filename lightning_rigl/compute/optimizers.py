@@ -57,14 +57,14 @@ class ActiveStep(Optimizer):
             product = self._products.get(parameter)
             if product is not None and self._follow(parameter, product):
                 fresh = where.reshape(-1)[product.structure.places]
-                for value in compacted(self, parameter).values():
+                for value in compacted(self.state.get(parameter, {}), parameter).values():
                     value.masked_fill_(fresh, 0.0)
 
     def _follow(self, parameter: nn.Parameter, product: SparseProduct) -> bool:
         """Bring the state into the order of the connections that there are now; whether there is one."""
         old, new = self._structures.get(parameter), product.structure
         self._structures[parameter] = new
-        known = compacted(self, parameter)
+        known = compacted(self.state.get(parameter, {}), parameter)
         if old is not None and old is not new:
             for key, value in known.items():
                 carried = topology_calls.carry(_library(product), value, new.inputs, old.rows, new.rows)
@@ -127,7 +127,7 @@ class ActiveStep(Optimizer):
         return found
 
     def _refuse_foreign(self, parameter: nn.Parameter) -> None:
-        for key in compacted(self, parameter):
+        for key in compacted(self.state.get(parameter, {}), parameter):
             raise RuntimeError(
                 f"{type(self).__name__}: {key} covers active connections only, and the layer of shape "
                 f"{tuple(parameter.shape)} computes densely now; go on with compute='native', or with a "
@@ -271,9 +271,8 @@ class ActiveAdamW(ActiveStep, torch.optim.AdamW):
         )
 
 
-def compacted(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The state of a parameter that covers its active connections only."""
-    state = optimizer.state.get(parameter, {})
+def compacted(state: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What of a parameter's state covers its active connections only."""
     found = {key: state[key] for key in _PER_WEIGHT if isinstance(state.get(key), Tensor)}
     return {key: value for key, value in found.items() if value.shape != parameter.shape}
 

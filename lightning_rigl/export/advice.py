@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,7 +148,9 @@ def _compacted(dense: nn.Module, example: Any) -> nn.Module:
 
 
 def _sparse(dense: nn.Module, backend: Backend) -> nn.Module:
-    fast = sparse(dense, backend)
+    with warnings.catch_warnings():  # of missing kernels, which the table has beside "sparse native"
+        warnings.filterwarnings("ignore", message="export.sparse: ")
+        fast = sparse(dense, backend)
     report = sparse_report(fast)
     if not report.sparse:
         why = ", ".join(dict.fromkeys(report.reasons.values())) or "there is no linear layer"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_rigl.compute.optimizers import ActiveStep, compacted
 from lightning_rigl.export import container
 from lightning_rigl.export.checkpoints import masks_by_key, walk
 from lightning_rigl.export.packing import Entry, Packer, check_packable, is_entry, unpack, unpack_mask
@@ -59,6 +60,7 @@ def save(
     packer = Packer()
     content: dict[str, Any] = {"model": {name: packer.pack(t, active.get(name)) for name, t in state.items()}}
     if optimizer is not None:
+        content["optimizer_kind"] = _kind(optimizer)
         content["optimizer"] = walk(
             optimizer.state_dict(), lambda leaf, _: packer.pack(leaf) if isinstance(leaf, Tensor) else leaf
         )
@@ -73,7 +75,7 @@ def load(
     Args:
         path: a local file.
         model: also load the state dict into it; its entries must be those of the file.
-        optimizer: also load the optimizer's state into it; it must have been made in the same way.
+        optimizer: also load the optimizer's state into it; it must be of the same kind, made in the same way.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -95,7 +97,7 @@ def load(
             lambda leaf, place: _dense(path, place, leaf, known) if is_entry(leaf) else leaf,
             "optimizer",
         )
-        _check_optimizer(path, saved, optimizer.state_dict())
+        _check_optimizer(path, saved, content.get("optimizer_kind"), optimizer)
     if model is not None:
         model.load_state_dict(state)
     if optimizer is not None:
@@ -139,13 +141,35 @@ def _check_model(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tens
             )
 
 
-def _check_optimizer(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    theirs, mine = ([len(g["params"]) for g in it["param_groups"]] for it in (saved, own))
+def _check_optimizer(path: Path, saved: Mapping[str, Any], kind: str | None, own: Optimizer) -> None:
+    if kind not in (None, _kind(own)):
+        raise ValueError(
+            f"{str(path)!r} holds the state of {kind}, and this is {_kind(own)}; make the optimizer as in "
+            "the run that saved the file, or load the model alone"
+        )
+    theirs, mine = (
+        [len(g["params"]) for g in groups] for groups in (saved["param_groups"], own.param_groups)
+    )
     if theirs != mine:
         raise ValueError(
             f"{str(path)!r} holds an optimizer with groups of {theirs} parameters, and this one has {mine}; "
             "make it as in the run that saved the file"
         )
+    parameters = [p for group in own.param_groups for p in group["params"]]
+    for index, state in saved["state"].items() if not isinstance(own, ActiveStep) else ():
+        for key in compacted(state, parameters[index]):
+            raise ValueError(
+                f"{str(path)!r}: {key} of parameter {index} is of active connections only, as ActiveSGD and "
+                f"ActiveAdamW keep it; load it into one of them, this is {type(own).__name__}"
+            )
+
+
+def _kind(optimizer: Optimizer) -> str:
+    """The optimizer of torch that it is one of, or else its class: ActiveSGD is an SGD."""
+    kinds = [
+        k for k in type(optimizer).__mro__ if k.__module__.startswith("torch.optim.") and k is not Optimizer
+    ]
+    return [*kinds, type(optimizer)][0].__name__
 
 
 def _dense(path: Path, name: str, entry: Entry, known: dict[int, Tensor]) -> Tensor:

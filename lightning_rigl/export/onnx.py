@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_rigl.export.sparse_layers import SparseProduct
+
 _NEEDED = ("onnx", "onnxscript")
 _LARGEST = 2**31 - 2**24  # bytes of a protobuf file
 
@@ -36,7 +38,7 @@ def to_onnx(model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: 
         FileNotFoundError: the folder does not exist.
         ModuleNotFoundError: a package that torch needs for ONNX is missing.
         RuntimeError: torch is older than 2.6.
-        ValueError: torch cannot export the model; the message is its own.
+        ValueError: the model has layers of `sparse`; or torch cannot export it, the message is its own.
 
     Example:
         >>> small = compact(model, images)  # doctest: +SKIP
@@ -75,6 +77,12 @@ def to_onnx(model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: 
 def _check(model: nn.Module, path: Path) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseProduct):
+            raise ValueError(
+                f"to_onnx: {name or 'the model'} is a {type(module).__name__} of export.sparse, and ONNX "
+                "has no such product; write the result of export.compact, or the dense model"
+            )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: the folder {path.parent} does not exist; make it first")
     if not hasattr(torch.export.Dim, "DYNAMIC"):

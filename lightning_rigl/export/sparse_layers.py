@@ -112,9 +112,10 @@ class SparseProduct(nn.Module):
 class SparseLinear(SparseProduct):
     """`torch.nn.Linear` whose zeros are skipped.
 
-    The input is float32 on the CPU, of shape (..., inputs); under autocast it is taken to float32. Outputs
-    are those of the dense layer up to rounding, also where an input is not finite. The input gets a
-    gradient, by a dense product; the weight gets none.
+    The input is float32 on the CPU, of shape (..., inputs). Outputs are those of the dense layer up to
+    rounding, also where an input is not finite; under autocast they are float32, where the dense layer gives
+    bfloat16. After ``double()`` or ``half()`` the layer refuses to run. The input gets a gradient, by a dense
+    product; the weight gets none.
 
     Args:
         weight: shape (outputs, inputs), float32 on the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any, Literal, get_args
 
@@ -32,12 +33,16 @@ def sparse(model: nn.Module, backend: Backend = "auto", min_sparsity: float | No
     Layers stay dense that are not float32 on the CPU, that share their weight, whose class has a forward pass
     of its own, or that attention reads without calling them; `sparse_report` says which and why.
 
+    The sparse layers stay float32: after ``half()`` or ``double()`` they refuse to run, and under autocast
+    they compute and return float32, where dense layers return bfloat16.
+
     The copy works under ``torch.compile`` and ``torch.export``, in copies and pickles (those need this
     package), and loads the ``state_dict`` of another copy made in the same way.
 
     Args:
         model: trained, its inactive weights exactly zero; it is not changed.
-        backend: ``native`` kernels, ``torch``'s, or ``auto``: native where there are such kernels.
+        backend: ``native`` kernels, ``torch``'s, or ``auto``: native where there are such kernels, else
+            torch's, with a warning.
         min_sparsity: from 0 to 1: take the layers with at least this share of zeros, of any size; by default
             those that gain by `lightning_rigl.compute.crossover`.
 
@@ -65,6 +70,8 @@ def sparse(model: nn.Module, backend: Backend = "auto", min_sparsity: float | No
     if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
         raise ValueError(f"min_sparsity: a share of zeros from 0 to 1, or None, got {min_sparsity!r}")
     chosen, words = _backend(backend)
+    if words:
+        warnings.warn(f"export.sparse: {words}", stacklevel=2)
     twin = inference_copy(model)
     choice = _Choice(twin, chosen, min_sparsity)
     layers = {name: m for name, m in twin.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))}

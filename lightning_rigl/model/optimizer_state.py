@@ -70,7 +70,8 @@ def widen(optimizer: Optimizer, own: Iterable[SparseLayer]) -> None:
         native = product is not None and isinstance(product.kernels, NativeBackend)
         if native and isinstance(optimizer, ActiveStep):
             continue
-        for key, value in compacted(optimizer, layer.parameter).items():
+        state = optimizer.state.get(layer.parameter, {})
+        for key, value in compacted(state, layer.parameter).items():
             if len(value) != layer.count:
                 raise ValueError(
                     f"{layer.name}: {key} holds {len(value)} active connections and the mask has "
@@ -79,7 +80,7 @@ def widen(optimizer: Optimizer, own: Iterable[SparseLayer]) -> None:
                 )
             dense = torch.zeros_like(layer.parameter, memory_format=torch.contiguous_format)
             dense[layer.mask] = value
-            optimizer.state[layer.parameter][key] = dense
+            state[key] = dense
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lightning_rigl.compute.optimizers import ActiveSGD
 from lightning_rigl.export import container
 from lightning_rigl.export.files import load, load_masks, save
 
@@ -242,6 +243,51 @@ def test_nothing_is_changed_by_what_does_not_fit(tmp_path):
         load(file, nn.Sequential(nn.Conv2d(8, 9, 3), *other[1:]))
     with pytest.raises(ValueError, match=r"another model: 1.bias is in the file only"):
         load(file, other[:1])
+
+
+class OwnSGD(torch.optim.SGD):
+    """Somebody's."""
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "words"),
+    [
+        (torch.optim.Adam, torch.optim.SGD, "the state of Adam, and this is SGD"),
+        (torch.optim.SGD, torch.optim.Adam, "the state of SGD, and this is Adam"),
+        (torch.optim.Adam, torch.optim.AdamW, "the state of Adam, and this is AdamW"),
+        (torch.optim.Adam, torch.optim.Adamax, "the state of Adam, and this is Adamax"),
+        (torch.optim.SGD, OwnSGD, ""),
+        (torch.optim.SGD, ActiveSGD, ""),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(tmp_path, saved, given, words):
+    net, _ = network()
+    other, _ = network()
+    optimizer, fresh = saved(net.parameters(), 0.1), given(other.parameters(), 0.2)
+    net(torch.randn(4, 8, 4, 4)).square().mean().backward()
+    optimizer.step()
+    save(net, tmp_path / "file", optimizer=optimizer)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    if words:
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "file", other, fresh)
+        assert_same_tree(dict(other.state_dict()), before)
+        assert fresh.param_groups[0]["lr"] == 0.2
+    else:
+        load(tmp_path / "file", other, fresh)
+        assert fresh.param_groups[0]["lr"] == 0.1
+
+
+def test_state_of_active_connections_goes_to_an_optimizer_that_keeps_such_state(tmp_path):
+    net, _ = network()
+    optimizer = ActiveSGD(net.parameters(), 0.1, momentum=0.9)
+    optimizer.state[net[3].weight]["momentum_buffer"] = torch.randn(1280)
+    save(net, tmp_path / "file", optimizer=optimizer)
+    load(tmp_path / "file", net, ActiveSGD(net.parameters(), 0.1, momentum=0.9))
+    with pytest.raises(
+        ValueError, match=r"momentum_buffer of parameter 4 is of active connections.* ActiveSGD"
+    ):
+        load(tmp_path / "file", net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9))
 
 
 @pytest.mark.parametrize(

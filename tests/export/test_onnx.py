@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_rigl.export.compaction import compact
 from lightning_rigl.export.onnx import to_onnx
+from lightning_rigl.export.sparse_model import sparse
 from tests.export.compact_networks import convolutional, cut
 
 NEEDED = "writing and running ONNX needs onnx, onnxscript and onnxruntime"
@@ -67,6 +68,15 @@ def test_bad_input(runtime, tmp_path):
         to_onnx(nn.Linear(1, 1), torch.zeros(1, 1), tmp_path / "nowhere" / "a.onnx")
     with pytest.raises(ValueError, match=r"Linear cannot be written as ONNX"):
         to_onnx(nn.Linear(3, 1), torch.zeros(1, 4), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_skips_zeros_is_refused_in_words(tmp_path):
+    model = sparse(cut(nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 10)), 0.1), "torch", 0.5)
+    with pytest.raises(ValueError, match=r"0 is a SparseLinear.*ONNX.*export\.compact.*dense model"):
+        to_onnx(model, torch.randn(1, 64), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"the model is a SparseLinear"):
+        to_onnx(model[0], torch.randn(1, 64), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 

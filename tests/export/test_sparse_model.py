@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -261,6 +262,18 @@ def test_an_input_that_does_not_fit_is_refused(backend, x, error, words):
         sparse(cut(nn.Linear(12, 20)), backend, min_sparsity=0.0)(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 20), lambda: nn.Conv1d(12, 20, 1)])
+def test_a_layer_that_was_converted_is_refused_in_words(backend, make, dtype):
+    layer = sparse(cut(make()), backend, min_sparsity=0.0)
+    x = torch.randn(2, 12) if isinstance(layer, SparseLinear) else torch.randn(2, 12, 4)
+    expected = layer(x)
+    for each in (x, x.to(dtype)):
+        with pytest.raises(TypeError, match=rf"the layer is {dtype}.*float32: .*\.float\(\).*dense model"):
+            layer.to(dtype)(each)
+    torch.testing.assert_close(layer.float()(x), expected, rtol=0.02, atol=0.02)
+
+
 def test_an_image_of_the_wrong_shape_is_refused(backend):
     conv = sparse(cut(nn.Conv2d(12, 20, 1)), backend, min_sparsity=0.0)
     with pytest.raises(ValueError, match="must have 2 spatial dimensions"):
@@ -403,8 +416,12 @@ def test_the_report_names_layers_shapes_densities_and_backends():
 
 def test_without_native_kernels_torch_is_taken_in_words(monkeypatch):
     monkeypatch.setattr(module, "native", lambda: None)
-    report = sparse_report(sparse(mlp(), min_sparsity=0.5))
+    with pytest.warns(UserWarning, match="native kernels are not at hand, torch's are taken: "):
+        report = sparse_report(sparse(mlp(), min_sparsity=0.5))
     assert set(report.backends.values()) == {"torch"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparse(mlp(), "torch")  # asked for
     assert "native kernels are not at hand" in str(report)
     with pytest.raises(RuntimeError, match="native kernels cannot be had here"):
         sparse(mlp(), "native")
