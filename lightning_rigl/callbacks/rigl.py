@@ -419,6 +419,7 @@ class RigLCallback(Callback):
                 "a topology update was due but a gradient was not finite, or there was none; it takes place "
                 "at the next step whose gradients are finite"
             )
+        self._say(self._active().compute.idle())
         if self._active().mixing:
             self._say("the optimizer moves inactive weights; they are set back to zero after each step")
 

@@ -40,6 +40,7 @@ class SparseProduct:
         self.parameter, self.backend, self._rule = parameter, backend, rule
         self.dense_gradient = False  # whether backward passes give the gradient of inactive connections, too
         self.partial = False  # whether one of them has left it out
+        self.used = self.missed = False  # whether a product was sparse, or was not and might have been
         self.active_gradient = False  # whether the gradient is a sparse tensor, of active connections
         self.kernels = backend_of(backend)
         self.renew(mask)
@@ -58,6 +59,11 @@ class SparseProduct:
             self._structure = self.kernels.structure(mask)
 
     @property
+    def gains(self) -> bool:
+        """Whether the product is sparse from some number of rows on."""
+        return self._least < math.inf
+
+    @property
     def structure(self) -> Structure:
         """Where the connections are."""
         if self._structure is None:
@@ -66,6 +72,7 @@ class SparseProduct:
 
     def compiled(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as an operator that compilers see; its gradient is a tensor of its own."""
+        self.used = True
         if not self.dense_gradient:
             self.partial = True
         flat, indices = x.reshape(-1, x.shape[-1]), self.structure.tensors
@@ -95,6 +102,7 @@ class SparseProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of x of shape (..., inputs) the product, (..., outputs)."""
+        self.used = True
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor
         if torch.is_grad_enabled():
@@ -187,8 +195,12 @@ class _Linear(torch.autograd.Function):
 
 def product_of(product: SparseProduct | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of a layer: sparse where that is possible, else as `torch.nn.functional.linear`."""
-    if product is None or not product.fits(x, weight):
+    if product is None:
         return linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        return product.compiled(x, bias)
-    return product(x, bias) if product.is_plain(x) else linear(x, weight, bias)
+    if product.fits(x, weight):
+        if torch.compiler.is_compiling():
+            return product.compiled(x, bias)
+        if product.is_plain(x):
+            return product(x, bias)
+    product.missed = product.missed or product.gains
+    return linear(x, weight, bias)

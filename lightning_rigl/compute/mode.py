@@ -44,7 +44,7 @@ class SparseCompute:
         self._model, self._layers = model, layers
         self.asked = compute != "dense"
         self.words: list[str] = []
-        self._backend = self._choice(compute)
+        self._compute, self._backend = compute, self._choice(compute)
         self._rules = crossover.SAFE if compute == "auto" else crossover.ASKED
 
     @property
@@ -88,6 +88,33 @@ class SparseCompute:
             layer.product = layer.product or SparseProduct(layer.parameter, layer.mask, self._backend, rule)
             products.update(dict.fromkeys(modules, layer.product))
         switch.on(products)
+        if (why := self._nowhere()) and why not in self.words:
+            self.words.append(why)
+
+    def _nowhere(self) -> str | None:
+        """What to say if a backend was asked for by name and no layer can use it; None otherwise."""
+        if self._compute not in ("native", "torch"):
+            return None
+        able = list(self._able())
+        rule, why = self._rules[self._backend], "all sparse layers are too small or too dense to gain"
+        if not able:
+            why = "no sparse layer is a plain torch.nn.Linear with a float32 weight on the CPU"
+        counts = [(layer.parameter.numel(), min(layer.count, layer.target or layer.count)) for layer in able]
+        if any(crossover.least_rows(*count, rule) is not None for count in counts):
+            return None
+        return f"compute={self._compute!r}: all products are dense: {why} (docs/speed.md)"
+
+    def idle(self) -> str | None:
+        """After a training step: what to say if layers that could compute sparsely did not; else None."""
+        if self._compute == "auto":
+            return None
+        products = [layer.product for layer in self._layers.values() if layer.product is not None]
+        if any(product.used for product in products) or not any(product.missed for product in products):
+            return None
+        return (
+            f"compute={self._compute!r}: no layer has computed sparsely so far: the forward pass runs under "
+            "torch.autocast, with inputs that are not float32, or with fewer rows than summary() names"
+        )
 
     def end(self) -> None:
         """Give the layers back as they were; gradients that are sparse become dense."""

@@ -1,5 +1,7 @@
 """`RigLCallback(compute=...)`: the same training, by products that skip the zeros."""
 
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -188,6 +190,65 @@ def test_the_summary_says_who_computes_how(compute):
     assert first.split()[-1] == compute
     _, plain, _ = fit("dense")
     assert "compute" not in str(plain.summary())
+
+
+class Convolutional(Small):
+    def __init__(self, optimizer=sgd):
+        super().__init__(optimizer)
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 24, 3), nn.Flatten(), nn.ReLU())
+        self.net.append(nn.Conv1d(1, 4, 336))
+
+    def forward(self, x):
+        return self.net[-1](self.net[:-1](x)[:, None]).flatten(1)
+
+
+class Autocast(Small):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def said(recwarn):
+    return [str(w.message) for w in recwarn if "compute=" in str(w.message)]
+
+
+def test_a_model_without_a_layer_that_can_is_dense_in_words(compute, recwarn):
+    fit(compute, Convolutional())
+    [words] = said(recwarn)
+    assert f"compute={compute!r}: all products are dense: no sparse layer is a plain torch.nn.Linear" in words
+
+
+def test_autocast_in_the_training_step_is_dense_in_words(compute, recwarn):
+    fit(compute, Autocast(sgd))
+    [words] = said(recwarn)
+    assert f"compute={compute!r}: no layer has computed sparsely" in words
+    assert "torch.autocast" in words
+
+
+def test_what_computes_sparsely_says_nothing(compute, recwarn):
+    fit(compute)
+    fit("auto", Convolutional())
+    assert not said(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [(None, "all products are dense: .* too small or too dense"), (9, "fewer rows than")]
+)
+def test_small_layers_and_small_batches_are_dense_in_words(compute, recwarn, monkeypatch, rows, words):
+    monkeypatch.setattr(crossover, "least_rows", lambda size, connections, rule: rows)
+    fit(compute)
+    [found] = said(recwarn)
+    assert re.search(words, found)
+
+
+def test_layers_that_are_pruned_later_are_not_called_too_dense(compute, recwarn, monkeypatch):
+    def rows(size, connections, rule):
+        return 1 if connections < 0.5 * size else None
+
+    monkeypatch.setattr(crossover, "least_rows", rows)
+    rigl = RigLCallback(0.7, "gradual", seed=1, compute=compute)
+    trainer(rigl).fit(small(optimizer=sgd), data(), data())
+    assert not said(recwarn)
 
 
 def test_a_missing_compiler_is_said_once(monkeypatch, compute):
