@@ -72,7 +72,7 @@ SOURCE = (
     "steps, not 97,656); the first update is at step 100, not 0; images are standardised by channel."
 )
 PROTOCOLS = {
-    "short": Protocol(10, 1, 6, (0.9, 0.95), 10, "cpu", {}),
+    "short": Protocol(10, 1, 5, (0.9, 0.95), 10, "cpu", {}),
     "paper": Protocol(22, 2, 250, (0.8, 0.9, 0.95), 1000, "auto", PAPER, SOURCE),
 }
 
