@@ -134,6 +134,19 @@ void selections(int64_t size, int threads) {
         }
 }
 
+// Scores that the kernel's sample (its draw, repeated here) shows as other than they are: high, or low, ones only.
+void misled(float sampled) {
+    constexpr int64_t kStretch = 128, kSize = 20000;
+    Array<float> scores(kSize, [=] { return uniform() - sampled; });
+    Array<uint8_t> among(kSize, [] { return 1; });
+    uint64_t noise = 0;
+    for (int64_t i = 0; i < kSize / kStretch; ++i) {
+        noise = noise * 6364136223846793005u + 1442695040888963407u;
+        scores[i * kStretch + (static_cast<int64_t>(noise >> 33) * kStretch >> 31)] = sampled + uniform();
+    }
+    for (int64_t count : {int64_t{100}, kSize / 10, kSize / 2, kSize - 100}) top(scores, among, count, 1);
+}
+
 }  // namespace
 
 int main() {
@@ -158,5 +171,6 @@ int main() {
     for (int64_t size : {0, 1, 2, 63, 64, 65, 127, 128, 129, 1000, 8191, 8192, 8193, 20000})
         selections(size, 1);
     selections((1 << 18) + 77, 3);
+    for (float sampled : {5.0f, -5.0f}) misled(sampled);
     return outcome();
 }
