@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,32 @@ CROSS = "aarch64-linux-gnu-g++"
 drivers = pytest.mark.parametrize("driver", DRIVERS, ids=lambda path: path.stem)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("targets")
+
+
+@cache
+def objects(folder, compiler, flags):
+    """The kernels, compiled once for all drivers."""
+    place = folder / str(len(list(folder.iterdir())))
+    place.mkdir()
+    sources = [str(path) for path in sorted(build.SOURCES.glob("*.cpp"))]
+    compiled([*compiler, *FLAGS, "-fopenmp", *WARNINGS, *flags, "-c", *sources], place)
+    return sorted(str(path) for path in place.glob("*.o"))
+
+
+def compiled(command, place):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=place)
+    assert done.returncode == 0, done.stderr
+
+
 def made(driver, folder, compiler, *flags):
     """The program, compiled by the flags that the package uses and these."""
-    sources = [str(path) for path in sorted(build.SOURCES.glob("*.cpp"))]
-    program = folder / driver.stem
-    done = subprocess.run(
-        [*compiler, *FLAGS, "-fopenmp", *WARNINGS, *flags, *sources, str(driver), "-o", str(program)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    kernels = objects(folder, tuple(compiler), flags)
+    program = Path(kernels[0]).parent / driver.stem
+    command = [*compiler, *FLAGS, "-fopenmp", *WARNINGS, *flags, str(driver), *kernels, "-o", str(program)]
+    compiled(command, folder)
     return program
 
 
@@ -57,17 +75,17 @@ def compiler_here():
 
 @drivers
 @pytest.mark.parametrize("isa", list(X86))
-def test_the_builds_for_older_and_newer_x86_agree_with_plain_loops(driver, isa, tmp_path):
+def test_the_builds_for_older_and_newer_x86_agree_with_plain_loops(driver, isa, folder):
     if platform.machine() != "x86_64":
         pytest.skip(f"{isa} is of x86_64, and this machine is {platform.machine()}")
     missing = set(build._needs([X86[isa]])) - build.cpu_flags()
     if missing:
         pytest.skip(f"this CPU does not have {', '.join(sorted(missing))}")
-    assert isa in passes(made(driver, tmp_path, compiler_here(), X86[isa]))
+    assert isa in passes(made(driver, folder, compiler_here(), X86[isa]))
 
 
 @drivers
-def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(driver, tmp_path):
+def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(driver, tmp_path, folder):
     compiler = compiler_here()
     trial = tmp_path / "trial.cpp"
     trial.write_text("int main() {}")
@@ -76,19 +94,19 @@ def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(driver, tmp
     )
     if works.returncode:
         pytest.skip(f"{compiler[0]} has no sanitizers here: {works.stderr.strip()[-200:]}")
-    passes(made(driver, tmp_path, compiler, *SANITIZED))
+    passes(made(driver, folder, compiler, *SANITIZED))
 
 
 @drivers
-def test_the_build_for_neon_agrees_with_plain_loops(driver, tmp_path):
+def test_the_build_for_neon_agrees_with_plain_loops(driver, folder):
     if platform.machine() in ("aarch64", "arm64"):
-        assert "neon" in passes(made(driver, tmp_path, compiler_here()))
+        assert "neon" in passes(made(driver, folder, compiler_here()))
         return
     absent = [tool for tool in (CROSS, "qemu-aarch64") if not shutil.which(tool)]
     if absent:
         packages = "g++-aarch64-linux-gnu qemu-user"
         pytest.skip(f"NEON is untested here: {' and '.join(absent)} not found (apt install {packages})")
     program = made(
-        driver, tmp_path, [CROSS], "-static", "-Wno-error"
+        driver, folder, [CROSS], "-static", "-Wno-error"
     )  # libgomp warns of dlopen in a static program
     assert "neon" in passes("qemu-aarch64", program)
