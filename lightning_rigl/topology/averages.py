@@ -12,7 +12,7 @@ def moving_average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
     Args:
         old: the average so far; None is zero.
         new: what comes in, of the same shape. If a value of it is not finite, as after an overflow in mixed
-            precision, the average stays as it is; the device is not asked.
+            precision, the average stays as it is; no device but the CPU is asked.
         beta: weight of the past, in [0, 1).
 
     Returns:
@@ -23,7 +23,10 @@ def moving_average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     past = torch.zeros_like(new) if old is None else old
-    return torch.lerp(past, torch.where(new.isfinite().all(), new, past), 1 - beta)
+    finite = torch.stack(torch.aminmax(new)).isfinite().all() if new.numel() else torch.tensor(True)
+    if new.is_cpu:  # it can be asked, and a pass over the layer is spared
+        return torch.lerp(past, new, 1 - beta) if finite else past.clone()
+    return torch.lerp(past, torch.where(finite, new, past), 1 - beta)
 
 
 def mean_magnitude(values: Tensor | None, mask: Tensor) -> float:
