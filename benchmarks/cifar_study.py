@@ -242,7 +242,7 @@ def study(seeds: int, name: str = "short") -> Study:
     protocol = PROTOCOLS[name]
     network = f"WRN-{protocol.depth}-{protocol.width}"
     cases: list[Case] = [("dense", DENSE, seed) for seed in range(seeds)]
-    cases += [(m, s, seed) for seed in range(seeds) for m in METHODS for s in protocol.sparsities]
+    cases += [(m, s, seed) for seed in range(seeds) for s in protocol.sparsities for m in METHODS]
     return Study(
         f"methods_cifar_{name}",
         f"CIFAR-10, {network}, {protocol.epochs} epochs",
