@@ -106,7 +106,7 @@ class SparseCompute:
 
     def idle(self) -> str | None:
         """After a training step: what to say if layers that could compute sparsely did not; else None."""
-        if self._compute == "auto":
+        if self._compute in ("auto", "dense"):
             return None
         products = [layer.product for layer in self._layers.values() if layer.product is not None]
         if any(product.used for product in products) or not any(product.missed for product in products):
