@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # where the scri
 
 import cifar_study
 import methods
+import mnist_methods
 import mnist_studies
 import studies
 import text_study
@@ -206,9 +207,28 @@ def jpeg(colour):
 
 
 def test_a_run_of_all(folder):
-    run = methods.train(("rigl", 0.9, 0), folder, epochs=2)
+    run = mnist_methods.train(("rigl", 0.9, 0), folder, epochs=2)
     assert run["active"] == 26621
     assert run["train_ratio"] == pytest.approx(run["forward_ratio"], rel=0.01)
+
+
+def test_a_change_is_the_one_that_its_name_says(folder, monkeypatch):
+    seen = {}
+
+    class Looking(mnist_methods.RigLCallback):
+        def on_train_start(self, trainer, module):
+            super().on_train_start(trainer, module)
+            seen["schedule"] = self.settings["schedule"]
+            seen["deviation"] = module.net[1].weight.std().item()
+            seen["least"] = min(images.min().item() for images, _ in trainer.train_dataloader)
+
+    monkeypatch.setattr(mnist_methods, "RigLCallback", Looking)
+    usual = 1 / (3 * 784) ** 0.5  # of PyTorch's initial weights
+    for name, change in mnist_methods.CHANGES.items():
+        mnist_methods.train_changed((f"set, {name}", 0.0, 0), folder, epochs=1)
+        assert seen["schedule"] == (change.schedule or mnist_methods.UPDATES)
+        assert (seen["least"] == 0) == change.black_is_zero
+        assert seen["deviation"] == pytest.approx(usual * 6**0.5 if change.he else usual, rel=0.1)
 
 
 def test_equal_flops_means_as_many_steps_as_the_dense_training_pays_for():

@@ -15,15 +15,15 @@ def net():
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def train(compute, method="rigl", accumulate=1, make=torch.optim.SGD, nan_at=None, **settings):
+def train(compute, method="rigl", accumulate=1, make=torch.optim.SGD, nan_at=None, steps=STEPS, **settings):
     """Losses and the sparsifier of a training in a plain loop."""
     model, g = net(), torch.Generator().manual_seed(3)
     optimizer = make(model.parameters(), lr=0.05, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
     settings = {"schedule": UpdateSchedule(every=3, end=18), **settings}
     sparsifier = Sparsifier(model, 0.8, method, seed=0, compute=compute, **settings)
-    sparsifier.start(STEPS)
+    sparsifier.start(steps)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         for _ in range(accumulate):
             x = torch.randn(16, 20, generator=g)
@@ -51,6 +51,15 @@ def test_training_is_that_of_masked_dense_weights(method, backend, any_size):
     assert (found.updates, found.postponed) == (expected.updates, expected.postponed)
     assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
     assert not found.layers.has_strays()
+
+
+def test_losses_of_two_hundred_steps_are_those_of_masked_dense_weights(backend, any_size):
+    schedule = UpdateSchedule(every=20, end=150)
+    dense, expected = train("dense", steps=200, schedule=schedule)
+    sparse, found = train(backend, steps=200, schedule=schedule)
+    assert sum(dense[-20:]) < sum(dense[:20]) / 2
+    assert sparse == pytest.approx(dense, abs=1e-4)
+    assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
 
 
 def test_every_pass_of_a_window_has_a_dense_gradient_where_the_step_needs_one(backend, any_size):
