@@ -12,6 +12,8 @@ from lightning_rigl.compute.structure import Structure, compressed, compressed_n
 from lightning_rigl.kernels import layer_calls, library, product_calls
 from lightning_rigl.kernels.library import Library
 
+_EXAMPLES = 64  # of a batch that torch's product takes together, to stay in the cache
+
 
 class Backend(ABC):
     """Products on the CPU, in float32, that touch the active connections of a weight W only."""
@@ -76,9 +78,10 @@ class TorchBackend(Backend):
         """Y = X W^T + b of shape (batch, outputs), of X (batch, inputs) and compressed rows of W."""
         size = (len(starts) - 1, x.shape[1])
         weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
-        y = (
-            (weight @ x.t().contiguous()).t().contiguous()
-        )  # rows of features are faster; y as of a dense layer
+        y = x.new_empty(len(x), len(starts) - 1)
+        parts = max(1, round(len(x) / _EXAMPLES))
+        for some, into in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            into.copy_((weight @ some.t().contiguous()).t())  # rows of features are faster than of examples
         return y if bias is None else y.add_(bias)
 
     def linear_forward(
