@@ -196,6 +196,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--sparsity must lie in [0, 1), got {chosen.sparsity}")
     try:
         images(chosen.data, chosen.data_dir)
+        if "smart-ratio" in chosen.methods:  # refused before hours of work, if it is impossible
+            weights = Bench(chosen.data, chosen.data_dir, chosen.model, chosen.sparsity, 1).network(0)
+            Sparsifier(weights, chosen.sparsity, "static", SmartRatio(), seed=0)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     return chosen

@@ -185,3 +185,17 @@ def shortfall(
     if length < timetable.end:
         return f"training has {length} steps and ends before the updates do, at {timetable.end}; lower end"
     return None
+
+
+def unfinished(sparsifier: Sparsifier) -> str | None:
+    """What to say at the end of a training whose optimizers made too few steps; None if there is nothing."""
+    name, target = type(sparsifier.method).__name__, sum(x.target for x in sparsifier.layers.values())
+    active = sum(layer.count for layer in sparsifier.layers.values())
+    if not sparsifier.updates:
+        return "no topology update took place: no optimizer has made as many steps as the first needs"
+    if sparsifier.method.prunes_along and active > target:
+        return (
+            f"{name} has left {active:,} connections, and {target:,} were asked for: an optimizer has not "
+            "made a step at which its last update is due; give begin and end in its steps"
+        )
+    return None

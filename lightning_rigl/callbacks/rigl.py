@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,14 +25,14 @@ from lightning_rigl.callbacks.checks import (
     refuse_trainer,
     trained_before,
 )
-from lightning_rigl.callbacks.clock import Clock, shortfall
+from lightning_rigl.callbacks.clock import Clock, shortfall, unfinished
 from lightning_rigl.callbacks.empty_step import EmptyStep
 from lightning_rigl.callbacks.first_look import first_look
 from lightning_rigl.callbacks.held_out import HeldOut
 from lightning_rigl.callbacks.rhythm import log_hyperparameters, log_levels, log_step, sparsity_levels
 from lightning_rigl.compute import mode
 from lightning_rigl.methods.base import Method
-from lightning_rigl.model import initial_masks, latent, optimizer_state, sparse_init
+from lightning_rigl.model import initial_masks, latent, layers, optimizer_state, sparse_init
 from lightning_rigl.model.grown import refuse_growth
 from lightning_rigl.model.mask_files import IDENTITY, check_state, identity, unpack_masks
 from lightning_rigl.model.sparsifier import Sparsifier
@@ -130,9 +130,10 @@ class RigLCallback(Callback):
             "compute": compute,
         }
         initial_masks.check(sparsity, self.settings["distribution"], init)
-        if rescale is not None and rescale not in get_args(sparse_init.How):
-            known = ", ".join(get_args(sparse_init.How))
-            raise ValueError(f"rescale: one of {known}, or None, got {rescale!r}")
+        if rescale is not None:
+            sparse_init.refuse(self.settings["method"], rescale)
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            layers.check_patterns(name, patterns)
         refuse_growth(self.settings["method"], Growth() if growth is None else growth)
         latent.refuse_pattern(self.settings["method"], self.settings["pattern"])
         if schedule is not None and not isinstance(schedule, UpdateSchedule):
@@ -266,7 +267,8 @@ class RigLCallback(Callback):
     ) -> None:
         """Let the method see the first batch, and disturb the weights, if it does so."""
         first_look(trainer, pl_module, batch, batch_idx, self._active())
-        self._active().before_forward(trainer.global_step)
+        if not self._clock.is_over(trainer):  # then statistics are collected for averaged weights
+            self._active().before_forward(trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Have a dense gradient where the step needs it; by hand those of passes may add up."""
@@ -343,10 +345,10 @@ class RigLCallback(Callback):
             self._say(f"{names} were frozen when the masks were made: they train now, and stay dense")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say it if the topology has never been updated, where that could not be foreseen."""
+        """Say it if there was no update, or pruning has not come to its end, where that was not foreseen."""
         sparsifier = self._active()
-        if sparsifier.timetable and not sparsifier.updates and not pl_module.automatic_optimization:
-            self._say("no topology update took place: no optimizer has made as many steps as the first needs")
+        if sparsifier.timetable and not pl_module.automatic_optimization:
+            self._say(unfinished(sparsifier))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -83,6 +83,8 @@ class SparseProduct:
         """Whether this product can be sparse: plain float32 tensors on the CPU, and the weight itself."""
         return (
             weight is self.parameter
+            and x.layout is torch.strided
+            and not x.is_nested
             and x.dtype == torch.float32
             and x.device.type == "cpu"
             and x.shape[-1:] == weight.shape[1:]
@@ -92,11 +94,12 @@ class SparseProduct:
         )
 
     def is_plain(self, x: Tensor) -> bool:
-        """Whether x is a tensor of its own kind, in no functional transform, forward mode or export."""
+        """Whether x is of its own kind, in no functional transform, forward mode, trace or export."""
         return (
             type(x) in (Tensor, nn.Parameter)
             and torch._C._functorch.peek_interpreter_stack() is None
             and forward_ad._current_level < 0
+            and torch._C._get_tracing_state() is None
             and not torch.onnx.is_in_onnx_export()
         )
 
@@ -165,7 +168,10 @@ class _Linear(torch.autograd.Function):
         s: Structure = product.structure
         y: Tensor
         y, kept, values = _OPS.linear_forward(x, weight, bias, s.tensors, product.backend)
-        ctx.save_for_backward(x, weight, values, kept)
+        of_x, of_weight = ctx.needs_input_grad[
+            :2
+        ]  # what a dense product keeps, too, may not change until then
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None, values, kept)
         ctx.product, ctx.structure = product, s
         return y
 

@@ -37,10 +37,10 @@ def backend_of(name: str) -> Backend:
     Raises:
         RuntimeError: the native kernels cannot be had here.
     """
+    with warnings.catch_warnings():  # said once a process: compressed rows are a beta feature
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.eye(1).to_sparse_csr()
     if name == "torch":
-        with warnings.catch_warnings():  # said once a process: compressed rows are a beta feature
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            torch.eye(1).to_sparse_csr()
         return TorchBackend()
     found = native()
     if found is None:

@@ -8,6 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
+from torch.nn.functional import linear
 
 from lightning_rigl.compute.linear import SparseProduct, product_of
 
@@ -19,10 +21,15 @@ _owns: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
 class _Sparse:
     """Put before a linear layer's own class: the same module, with another product."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Linear
+    def __init_subclass__(cls) -> None:
+        """Classes made here are nobody's: what a layer's own class asks of its subclasses is not for them."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Linear
         """As `torch.nn.Linear`."""
-        layer: Any = self
-        return product_of(vars(self).get(_KEY), input, layer.weight, layer.bias)
+        if is_scripting():  # the compiler looks no further
+            return linear(input, self.weight, self.bias)
+        else:  # noqa: RET505
+            return product_of(vars(self).get(_KEY), input, self.weight, self.bias)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the layer's own class, and are read without this package."""
@@ -34,10 +41,6 @@ class _Sparse:
         if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle refuses it for another class
             made, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
         return made, args, *state
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles."""
-        return plain_twin(self)
 
 
 def plain_twin(layer: Any) -> nn.Module:

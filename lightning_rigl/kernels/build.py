@@ -45,7 +45,8 @@ def library(environment: Mapping[str, str], refused: Collection[Path] = ()) -> P
 
     A library kept beside the sources (as in a wheel) comes first, then one in the cache. Each has a stamp
     beside it, which says of which sources it was made, what it asks of the CPU, and its checksum; one that
-    does not fit is passed over, and one in the cache is compiled anew, which a warning says before. Several
+    does not fit is passed over, and one in the cache is compiled anew, which a warning says before. Where
+    there is no compiler, any one in the cache that fits is taken. Several
     processes may ask at once: one compiles, the others wait for it, and no one ever sees half a file.
 
     Args:
@@ -59,13 +60,18 @@ def library(environment: Mapping[str, str], refused: Collection[Path] = ()) -> P
     kept = [path for path in beside if not refusal(path)]
     if kept:
         return max(kept, key=lambda path: len(_stamp(path)["needs"]))
-    compiler = find_compiler(environment)
-    name = f"kernels-{_key(compiler)}.so"
     folders = cache_folders(environment)
-    for folder in folders:
-        path = folder / name
-        if path not in refused and not refusal(path) and not _unsafe(folder):
+    missing, name = None, "kernels-*.so"
+    try:
+        compiler = find_compiler(environment)
+        name = f"kernels-{_key(compiler)}.so"
+    except BuildError as error:
+        missing = error
+    for path in (path for folder in folders for path in sorted(folder.glob(name))):
+        if path not in refused and not refusal(path) and not _unsafe(path.parent):
             return path
+    if missing:
+        raise missing
     troubles = []
     for folder in folders:
         trouble = _fill(folder, name, compiler, folder / name in refused)

@@ -88,7 +88,7 @@ class Loader:
             if self._library is None and self._why_not == "not asked for yet":
                 try:
                     self._library, self._why_not = self._find(), ""
-                except (build.BuildError, OSError, AttributeError, ValueError) as trouble:
+                except (build.BuildError, OSError, AttributeError, ValueError, UserWarning) as trouble:
                     self._why_not = str(trouble)
         return self._library
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -125,6 +125,11 @@ class Method(Part):
     latent: ClassVar[bool] = False
     schedule: ClassVar[UpdateSchedule | None] = UpdateSchedule()
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if problem := next(_problems(cls), None):
+            raise TypeError(f"method {cls.__name__}: {problem}")
+
     @property
     def grows(self) -> bool:
         """Whether updates make new connections: not of a method that has none, starts dense or is latent.
@@ -191,6 +196,22 @@ class Method(Part):
     def has(self, question: str) -> bool:
         """Whether the method answers one of the questions above that most methods leave alone."""
         return getattr(type(self), question) is not getattr(Method, question)
+
+
+def _problems(cls: type[Method]) -> Iterator[str]:
+    """What is wrong with the facts that a method declares; a property says them later."""
+    gradients, scopes = ("never", "at_updates", "every_step"), ("layer", "model")
+    for fact, known in (("gradient", gradients), ("scope", scopes)):
+        told = getattr(cls, fact)
+        if not isinstance(told, property) and told not in known:
+            yield f"{fact} is one of {', '.join(known)}, got {told!r}"
+    schedule: object = cls.schedule
+    if not isinstance(schedule, (UpdateSchedule, property, type(None))):
+        yield f"schedule is an UpdateSchedule or None, got {schedule!r}"
+    if cls.latent and cls.project is Method.project:
+        yield "latent = True asks for project, which says what mask and weight follow"
+    if cls.starts_dense and not cls.latent and cls.turnover is Method.turnover:
+        yield "starts_dense = True asks for turnover, which says when and how many connections are dropped"
 
 
 class ScoredOnce(Method):

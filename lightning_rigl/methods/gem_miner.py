@@ -28,7 +28,7 @@ class GemMiner(Method):
 
     At an update the flags of the lowest scores are cleared for good, over all layers together: of those left,
     the share 1 - d^(a - b) with the target density d and the progress a of this and b of the last update. At
-    progress a at most the share d^a of all flags is left; at the last update exactly the target counts' sum.
+    progress a at most the share d^a of all flags is left; at the schedule's last update exactly the target.
     The first update (progress 0) clears none: with ``begin=0``, the default, K + 1 updates are K freezes.
     Then train the ticket from its initial weights, in a second fit with a new callback:
     ``RigLCallback(method="static", init="nonzero")``.

@@ -25,7 +25,8 @@ class Gradual(Method):
     is s_t = s_f (1 - (1 - p)^3). Here p goes from 0 at the schedule's first update to 1 at its last, when the
     layer has exactly the count that the distribution gives it. Nothing grows. Updates follow the optimizer's
     step, every 10 steps, which suits short runs; a long one can do with fewer: ``UpdateSchedule(every=1000,
-    begin=0.3125, end=0.78125, policy="after_step")``. In manual optimization give ``begin`` and ``end`` in
+    begin=0.3125, end=0.78125, policy="after_step")``. In manual optimization an optimizer that steps less
+    often than once a batch may not meet the last update, which is said: give ``begin`` and ``end`` in its
     steps.
 
     Reference:

@@ -39,6 +39,7 @@ class AroundStep:
         self._hook: Any = None  # that calls it
         self._inside: Sequence[SparseLayer] = ()  # whose step is prepared, and what follows it not done
         self._disturbed: dict[SparseLayer, tuple[Tensor, Any]] = {}  # the weight at rest, and a hook
+        self._asked = not method.has("disturb")  # whether it has ever been asked to
 
     @staticmethod
     def needed(method: Method, schedule: UpdateSchedule | None) -> bool:
@@ -49,7 +50,16 @@ class AroundStep:
     def before_step(
         self, optimizer: Optimizer, own: Sequence[SparseLayer], moment: Moment, skips: bool
     ) -> None:
-        """Show the layers to the method; prepare what follows the step, if an update does not skip it."""
+        """Show the layers to the method; prepare what follows the step, if an update does not skip it.
+
+        Raises:
+            RuntimeError: nobody calls `disturb`, and the method would be another one.
+        """
+        if not self._asked:
+            raise RuntimeError(
+                f"{type(self._method).__name__} disturbs the weights of each training step: call "
+                "sparsifier.before_forward(step) before its forward pass"
+            )
         seed = self.seed
         self.rest(own)
         if self._method.has("observe"):
@@ -129,6 +139,7 @@ class AroundStep:
     @torch.no_grad()
     def disturb(self, layers: Sequence[SparseLayer], step: int) -> None:
         """Multiply weights and gradients by the method's factors, for the passes of a training step."""
+        self._asked = True
         for layer in layers if self._method.has("disturb") and not self._disturbed else ():
             seen = layer.connections(self.seed, step)
             factors = self._method.disturb(seen).to(layer.parameter.dtype)

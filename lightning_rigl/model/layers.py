@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -89,8 +90,7 @@ def _chosen(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
     for what, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{what}: expected a list of regular expressions, got the string {patterns!r}")
+        check_patterns(what, patterns)
     weights = {n: p for n, p in named_parameters(model).items() if _is_weight(n, p)}
     if include is None:
         default = _default_weights(model)
@@ -101,6 +101,19 @@ def _chosen(
     wanted -= matching(model, exclude or (), "exclude")
     _refuse_normed(model, wanted)
     return {n: p for n, p in weights.items() if n in wanted}
+
+
+def check_patterns(what: str, patterns: Sequence[str] | None) -> None:
+    """Raise ValueError, with the argument's name, for anything but a list of regular expressions, or None."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{what}: expected a list of regular expressions, got the string {patterns!r}")
+    if not isinstance(patterns, (Sequence, type(None))):
+        raise ValueError(f"{what}: expected a list of regular expressions, got {patterns!r}")
+    try:
+        for pattern in patterns or ():
+            re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}") from error
 
 
 def matching(model: nn.Module, patterns: Sequence[str], what: str) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lightning_rigl.methods.base import Connections, Method, Moment
+from lightning_rigl.model.answers import checked_counts, checked_score
 from lightning_rigl.model.sparse_layer import SparseLayer
 from lightning_rigl.topology.patterns import Pattern
 
@@ -18,7 +19,7 @@ def new_masks(
 
     Unless the method counts over the whole model, one layer after the other is looked at. A layer that is
     frozen, or has no gradient in this step where the method needs one, keeps its mask. ValueError: a score of
-    another shape than the weight, or counts of another number of layers.
+    another shape than the weight, or counts that are not those of connections.
     """
     reads = method.gradient != "never"
     able = [x for x in layers if x.parameter.requires_grad and (x.chooses is not None or not reads)]
@@ -27,19 +28,14 @@ def new_masks(
         counts = method.turnover(seen, moment) if seen else []
         if len(counts) != len(seen):
             raise ValueError(f"{type(method).__name__}.turnover: {len(seen)} pairs wanted, got {counts!r}")
-        for layer, own, (dropped, grown) in zip(group, seen, counts, strict=True):
+        for layer, own, pair in zip(group, seen, counts, strict=True):
+            dropped, grown = checked_counts(pair, layer, method)
             if dropped or grown:
                 kept = mask = own.mask
                 if dropped:
-                    kept = mask = pattern.drop(_checked(method.drop_score(own), own, method), kept, dropped)
+                    kept = mask = pattern.drop(
+                        checked_score(method.drop_score(own), own, method), kept, dropped
+                    )
                 if grown:
-                    mask = pattern.grow(_checked(method.grow_score(own), own, method), kept, grown)
+                    mask = pattern.grow(checked_score(method.grow_score(own), own, method), kept, grown)
                 yield layer, own, kept, mask
-
-
-def _checked(scores: Tensor, layer: Connections, method: Method) -> Tensor:
-    shape = tuple(layer.weight.shape)
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
-        raise ValueError(f"method {type(method).__name__}: a score has the weight's shape {shape}, got {got}")
-    return scores

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_rigl.methods.base import Method
 from lightning_rigl.model import sharding
 from lightning_rigl.model.layers import named_parameters
 
@@ -61,19 +62,28 @@ def rescale(weight: Tensor, mask: Tensor, how: How, transposed: int = 0) -> Tens
     """
     _check(weight, mask, how, transposed)
     values, active = weight.detach().cpu().double(), mask.detach().cpu()
-    if how == "layer":
-        scale = _scale(mask.numel(), active.sum())
-    elif transposed:
-        scale = _per_transposed_output(active, transposed)
-    else:
-        inputs = active.flatten(1)
-        scale = _scale(inputs.shape[1], inputs.sum(1)).view(-1, *[1] * (active.dim() - 1))
-    return (values * scale).masked_fill_(~active, 0.0).to(weight.dtype).to(weight.device)
+    scaled = values * _scales(active, how, transposed)
+    return scaled.masked_fill_(~active, 0.0).to(weight.dtype).to(weight.device)
+
+
+def refuse(method: Method, how: object) -> None:
+    """Raise ValueError for another ``how``, or a method whose masks are full at the start."""
+    if how not in get_args(How):
+        raise ValueError(f"rescale: one of {', '.join(get_args(How))}, or None, got {how!r}")
+    if method.starts_dense:
+        raise ValueError(
+            f"rescale={how!r} is for masks that leave connections out, and {type(method).__name__} starts "
+            "with all of them: leave it out"
+        )
 
 
 @torch.no_grad()
 def rescale_weights(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], how: How
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    how: How,
+    kept: Mapping[str, Tensor],
 ) -> None:
     """Rescale the initial weights of a model in place.
 
@@ -82,12 +92,17 @@ def rescale_weights(
         parameters: cleaned name -> parameter.
         masks: of some of them.
         how: as for `rescale`.
+        kept: initial values of all connections, active or not, to be scaled in place alike; those of a neuron
+            without connections stay.
     """
     groups = transposed_groups(model)
     for name, mask in masks.items():
-        weight = sharding.full(parameters[name].detach())
-        scaled = rescale(weight, sharding.full(mask), how, groups.get(name, 0))
+        weight, whole = sharding.full(parameters[name].detach()), sharding.full(mask)
+        scaled = rescale(weight, whole, how, groups.get(name, 0))
         parameters[name].copy_(sharding.shard(scaled, parameters[name]))
+        if name in kept:
+            scale = _scales(whole.cpu(), how, groups.get(name, 0)).to(kept[name])
+            kept[name].mul_(scale.nan_to_num(posinf=1.0))
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
@@ -99,6 +114,16 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
     """
     groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _TRANSPOSED)}
     return {name: groups[id(p)] for name, p in named_parameters(model).items() if id(p) in groups}
+
+
+def _scales(active: Tensor, how: How, transposed: int) -> Tensor:
+    """The scale of each weight of a layer, of a shape that broadcasts to its mask's."""
+    if how == "layer":
+        return _scale(active.numel(), active.sum())
+    if transposed:
+        return _per_transposed_output(active, transposed)
+    inputs = active.flatten(1)
+    return _scale(inputs.shape[1], inputs.sum(1)).view(-1, *[1] * (active.dim() - 1))
 
 
 def _scale(dense: int, active: Tensor) -> Tensor:

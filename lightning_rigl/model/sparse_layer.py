@@ -108,9 +108,9 @@ class SparseLayer:
         return self.gradient if self.held_out is None else self.held_out
 
     def keep_gradient(self) -> None:
-        """Copy the gradient, should it be clipped before the update."""
+        """Copy the gradient, should it be clipped before the update; one that is sparse cannot be."""
         grad = self.parameter.grad
-        self.kept = None if grad is None else grad.detach().clone()
+        self.kept = None if grad is None or grad.is_sparse else grad.detach().clone()
 
     def forget_gradients(self) -> None:
         """The step is over: drop what was kept for it."""
@@ -118,7 +118,8 @@ class SparseLayer:
 
     def restore_gradient(self) -> None:
         """Give back what was masked of a gradient that was kept, unless the gradient has changed since."""
-        if self.kept is not None and (grad := self.parameter.grad) is not None:
+        grad = self.parameter.grad
+        if self.kept is not None and grad is not None and not grad.is_sparse:
             own, kept = sharding.local(grad), sharding.local(self.kept)
             if torch.equal(own, kept.masked_fill(self.inactive(), 0)):
                 own.copy_(kept)

@@ -42,8 +42,8 @@ class Sparsifier:
 
     The masks start here; the weights of inactive connections become and stay exactly zero. Call `start` once
     the length of training is known, `before_step` between ``backward`` and ``optimizer.step``, and
-    `after_step` after it. Parameters are changed in place and never replaced; the model's ``state_dict``
-    keeps its keys.
+    `after_step` after it; for CigL also `before_forward` before the forward pass. Parameters are changed in
+    place and never replaced; the model's ``state_dict`` keeps its keys.
 
     Args:
         model: any module, on its device.
@@ -118,7 +118,8 @@ class Sparsifier:
         initial_masks.refuse_shards(parameters, masks, self.method, self.growth)
         initial = {name: parameters[name].detach().clone() for name in masks if self.growth.values == INITIAL}
         if rescale is not None:
-            sparse_init.rescale_weights(model, parameters, masks, rescale)
+            sparse_init.refuse(self.method, rescale)
+            sparse_init.rescale_weights(model, parameters, masks, rescale, initial)
         self.layers = SparseLayers(parameters, masks)
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
@@ -273,11 +274,11 @@ class Sparsifier:
             clock: the time by which the schedule's ``end`` is told; None is ``step``.
 
         Raises:
-            RuntimeError: before `start`; or processes of a distributed run have come to different masks.
+            RuntimeError: before `start`; without `before_forward`, if the method disturbs the weights; or
+                processes of a distributed run have come to different masks.
         """
         own = self.layers.of(optimizer)
-        due = self._due(own, step, clock)
-        due = due and not (self.method.gradient != "never" and mode.is_partial(own))
+        due = self._due(own, step, clock) and not (self.method.gradient != "never" and mode.is_partial(own))
         mode.stepped(own)
         mode.attach(optimizer, () if self.method.latent else own, self.growth)
         if due and self._reads and not self._gradients_serve(own):
@@ -439,6 +440,13 @@ class Sparsifier:
         mask_files.check_masks(masks, self.parameters, self.method.scope == "model")
         if missing := self.layers.keys() - masks.keys():
             raise ValueError(f"masks do not fit the model: there are none for {', '.join(sorted(missing))}")
+        if self.growth.values == INITIAL and not all(
+            INITIAL in state["notes"].get(n, {}) for n in self.layers
+        ):
+            raise ValueError(
+                "growth='initial' gives new connections their first values, and the run that is resumed has "
+                "not kept them: go on with the growth that it had, or begin anew with init=<its checkpoint>"
+            )
         for name, layer in self.layers.items():
             layer.replace(masks[name])
             layer.last, layer.target = state["last"][name], state["targets"][name]

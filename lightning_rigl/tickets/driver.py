@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_rigl.callbacks.rigl import RigLCallback
-from lightning_rigl.model.layers import clean_name
+from lightning_rigl.model.layers import check_patterns, clean_name
 from lightning_rigl.model.mask_files import load_masks
 from lightning_rigl.tickets.folder import Folder, Ticket, tickets_table, write_tensors
 from lightning_rigl.tickets.magnitude import pruned, to_prune
@@ -220,8 +220,7 @@ def _check_makers(model: object, trainer: object) -> None:
 
 
 def _patterns(name: str, given: Sequence[str] | None) -> list[str] | None:
-    if isinstance(given, str):
-        raise ValueError(f"{name}: expected a list of regular expressions, got the string {given!r}")
+    check_patterns(name, given)
     return None if given is None else list(given)
 
 

@@ -137,7 +137,7 @@ def read_json(path: Path, names: Sequence[str]) -> dict[str, Any]:
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write it beside, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.new")
     beside.write_text(json.dumps(content, indent=1))
     os.replace(beside, path)
 
@@ -145,7 +145,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 def write_tensors(content: Mapping[str, Any], path: Path) -> None:
     """Write it beside, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.new")
     torch.save(content, beside)
     os.replace(beside, path)
 

@@ -35,7 +35,8 @@ class UpdateSchedule:
             (1 - t/end)^3, ``constant``, or with the optimizer's ``learning_rate``, as a share of its
             ``initial_lr``: the rate that the optimizer was made with, which torch's schedulers keep there
             (OneCycleLR: its own first rate), and without a scheduler the rate of the first step. In a warm-up
-            the fraction is therefore as small as the rate is; it never exceeds 1.
+            the fraction is therefore as small as the rate is; above that rate (OneCycleLR, nearly always) it
+            stays ``drop_fraction``.
         begin: first update; None means ``every`` (before any training, |w| is only noise), 0 is the paper's
             Algorithm 1 to the letter.
         end: no update is due at this step or later.
@@ -138,8 +139,9 @@ class Timetable:
 
     def fraction(self, step: float, rate: float = 1.0) -> float:
         """The drop fraction at ``step``, in [0, 1]; 0 from ``end`` on. ``rate``: a share of the first one."""
-        factor = rate if self.decay == "learning_rate" else _DECAYS[self.decay](step / max(self.end, 1))
-        return min(self.drop_fraction * factor, 1.0) if step < self.end else 0.0
+        share = _DECAYS[self.decay](step / max(self.end, 1))
+        factor = min(rate, 1.0) if self.decay == "learning_rate" else share
+        return self.drop_fraction * factor if step < self.end else 0.0
 
     def progress(self, step: float) -> float:
         """How far the updates are: 0 at the first, exactly 1 at the last (and 1 if there is only one)."""

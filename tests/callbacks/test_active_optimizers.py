@@ -127,3 +127,36 @@ def test_a_fit_leaves_dense_gradients():
     trainer(rigl(method="static"), max_steps=2).fit(module, data())
     grads = [p.grad for p in module.parameters()]
     assert all(g is None or g.layout == torch.strided for g in grads)
+
+
+class TwoNets(Small):
+    """Two networks that take turns, each with an optimizer, by hand."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other, self.make = torch.nn.Linear(16, 4), make
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for optimizer, net in zip(self.optimizers(), (self.net, self.other), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(net(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [self.make(self.net.parameters()), self.make(self.other.parameters())]
+
+
+@pytest.mark.parametrize("active_gradients", [False, True])
+def test_two_optimizers_by_hand(active_gradients):
+    """The old gradient of one is there when the other updates."""
+    makes = lambda p: ActiveSGD(p, 0.1, momentum=0.9, active_gradients=active_gradients), PAIRS["SGD"][1]
+    modules = []
+    for make, compute in zip(makes, ("native", "native"), strict=True):
+        torch.manual_seed(0)
+        modules.append(TwoNets(make))
+        callback = rigl(compute)
+        trainer(callback).fit(modules[-1], data())
+        assert callback.sparsifier.updates == 2 * 7
+    assert_close(*modules, exact=True)

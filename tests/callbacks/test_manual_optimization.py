@@ -348,3 +348,28 @@ def test_a_checkpoint_made_before_our_own_batch_end_counts_the_step(place, tmp_p
     for batches, file in enumerate(sorted(tmp_path.iterdir(), key=lambda f: int(f.stem)), start=1):
         steps = torch.load(file, weights_only=True)["callbacks"]["RigLCallback"]["steps"]
         assert steps[0] == batches
+
+
+class EveryOther(Small):
+    """Accumulates two batches by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("method", ["gradual", "gradualglobal", "gemminer"])
+def test_pruning_that_does_not_come_to_its_last_update_says_so(method):
+    """40 batches, 20 steps: the last update by the trainer's clock is due at its step 27."""
+    schedule = UpdateSchedule(every=3, begin=3, end=0.75, policy="after_step")
+    rigl = RigLCallback(0.8, method, schedule=schedule, seed=0)
+    with pytest.warns(UserWarning, match=r"has left \d+ connections, and 98 were asked for: an optimizer"):
+        trainer(rigl).fit(EveryOther(), data())
+    assert rigl.sparsifier.updates
+    assert sum(rigl.sparsifier.counts.values()) > 98

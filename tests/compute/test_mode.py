@@ -25,6 +25,7 @@ def train(compute, method="rigl", accumulate=1, make=torch.optim.SGD, nan_at=Non
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
+        sparsifier.before_forward(step)
         for _ in range(accumulate):
             x = torch.randn(16, 20, generator=g)
             loss = (model(x) - x[:, :4]).square().mean() / accumulate

@@ -172,3 +172,77 @@ def test_modes_that_have_no_sparse_product_are_dense(on):
     second = nn.Sequential(nn.Linear(12, 8))
     switch.on({second[0]: sparse(second[0])})
     torch.testing.assert_close(torch.jit.script(second)(x), second(x))
+
+
+LAYOUTS = {
+    "coo": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([x[:2], x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_another_layout_are_multiplied_densely(on, layout):
+    model, before = on
+    x = LAYOUTS[layout](torch.randn(3, 12))
+    found, expected = model[0](x), before[0](x)
+    pairs = zip(found.unbind(), expected.unbind(), strict=True) if x.is_nested else [(found, expected)]
+    for one, other in pairs:
+        torch.testing.assert_close(one.to_dense(), other.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_leaves_the_module_as_it_is(on):
+    model, before = on
+    layer, x = model[0], torch.randn(3, 12)
+    scripted = torch.jit.script(model)
+    assert model[0] is layer
+    assert isinstance(layer, switch._Sparse)
+    torch.testing.assert_close(scripted(x), before(x))
+    del vars(layer)["__overloads__"]  # torch leaves it on each layer that it compiles
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_needs_nothing_of_this_package(on, grad):
+    model, before = on
+    x, file = torch.randn(3, 12), io.BytesIO()
+    with torch.set_grad_enabled(grad):
+        torch.jit.save(torch.jit.trace(model, x), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    torch.testing.assert_close(traced(x), before(x))
+    assert not [n for n in traced.inlined_graph.nodes() if n.kind().startswith("lightning_rigl")]
+
+
+def test_what_a_class_asks_of_its_subclasses_is_not_asked_of_ours():
+    known = []
+
+    class Tagged(nn.Linear):
+        def __init_subclass__(cls, *, tag, **rest):
+            super().__init_subclass__(**rest)
+            known.append(tag)
+
+    class Layer(Tagged, tag="mine"):
+        pass
+
+    model = nn.Sequential(Layer(6, 4))
+    switch.on({model[0]: sparse(model[0])})
+    assert isinstance(model[0], switch._Sparse)
+    assert known == ["mine"]
+    switch.off(model)
+    assert type(model[0]) is Layer
+
+
+def test_a_weight_may_change_before_the_backward_pass_where_a_dense_one_may(on):
+    model, before = on
+    x = torch.randn(3, 12)
+    for net in (model, before):
+        loss = net[0](x).square().sum()
+        with torch.no_grad():
+            net[0].weight.mul_(0.5)
+        loss.backward()
+    mask = before[0].weight != 0
+    torch.testing.assert_close(model[0].weight.grad, before[0].weight.grad * mask)

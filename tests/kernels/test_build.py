@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_rigl.kernels import build
+from lightning_rigl.kernels import build, library
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the kernels are made on Linux and macOS only"),
@@ -82,6 +82,25 @@ def test_a_compilation_is_announced_with_its_place_and_a_library_that_is_there_i
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build.library(compiler.environment)
+
+
+def test_a_warning_that_is_an_error_leaves_no_library_and_says_so(compiler):
+    loader = library.Loader(compiler.environment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader.load() is None
+    assert "compiles its kernels into" in loader.why_not()
+
+
+def test_without_a_compiler_a_library_of_the_cache_is_taken(compiler):
+    made = build.library(compiler.environment)
+    without = {**compiler.environment, "CXX": "no-such-compiler"}
+    assert build.library(without) == made
+    with pytest.raises(build.BuildError, match="no-such-compiler not found"):
+        build.library(without, {made})
+    made.write_bytes(made.read_bytes() + b"damage")
+    with pytest.raises(build.BuildError, match="no-such-compiler not found"):
+        build.library(without)
 
 
 def test_nothing_is_announced_where_nothing_can_be_written(compiler, tmp_path):
@@ -244,7 +263,7 @@ def test_a_compiler_that_is_not_there_is_told(compiler):
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler: CXX=/nonexistent not found; install one"):
         build.library({**compiler.environment, "CXX": "/nonexistent"})
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler: g\+\+, c\+\+ and clang\+\+ not found"):
-        build.library({"PATH": "/nonexistent"})
+        build.library({"PATH": "/nonexistent", "LIGHTNING_RIGL_CACHE": str(compiler.cache)})
 
 
 def test_a_cxx_that_no_shell_would_read_is_told(compiler):

@@ -119,7 +119,7 @@ def test_where_a_refused_library_cannot_be_replaced_both_reasons_are_told(cached
     for suffix in (".so", ".json"):
         shutil.copy(path.with_suffix(suffix), prebuilt.with_suffix(suffix))
     become_garbage(prebuilt)
-    loader = Loader({"CXX": "/nonexistent"})
+    loader = Loader({"CXX": "/nonexistent", "LIGHTNING_RIGL_CACHE": str(tmp_path / "empty")})
     assert loader.load() is None
     assert re.match(r".*_kernels\.so: .*; no C\+\+ compiler: CXX=/nonexistent", loader.why_not())
 

@@ -303,3 +303,25 @@ def calibration_error(module, loader):
         for b in bins
         if b
     )
+
+
+def test_the_statistics_that_averaging_collects_are_those_of_the_average():
+    """SWA adds an epoch in which BatchNorm sees the averaged weights: nothing is disturbed there."""
+    module = small()
+    module.net = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 4))
+    average = StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=1)
+    trainer(cigl(), average, max_epochs=5).fit(module, data(batch_size=64))
+    with torch.no_grad():
+        hidden = module.net[0](torch.cat([x for x, _ in data()]))
+    torch.testing.assert_close(module.net[1].running_mean, hidden.mean(0))
+    torch.testing.assert_close(module.net[1].running_var, hidden.var(0))
+
+
+def test_a_loop_that_disturbs_nothing_is_refused():
+    model = network()
+    sparsifier = Sparsifier(model, 0.5, "cigl")
+    sparsifier.start(10)
+    x, y = batches(1)[0]
+    nn.functional.mse_loss(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"CigL disturbs .* call sparsifier.before_forward\(step\) before"):
+        sparsifier.before_step(torch.optim.SGD(model.parameters(), 0.1), 0)

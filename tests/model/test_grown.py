@@ -285,3 +285,50 @@ def test_initial_weights_are_rescaled_once(how, tmp_path):
     torch.save(checkpoint, tmp_path / "two.ckpt")
     fit(again, module=small(), ckpt=tmp_path / "two.ckpt", max_epochs=2)
     assert again.same
+
+
+def test_above_the_first_rate_the_drop_fraction_stays():
+    """OneCycleLR begins with a twenty-fifth of its largest rate."""
+    model = network()
+    schedule = UpdateSchedule(every=2, begin=2, end=9, drop_fraction=0.4, decay="learning_rate")
+    sparsifier = Sparsifier(model, 0.5, schedule=schedule, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=12)
+    sparsifier.start()
+    seen = []
+    for step, (x, y) in enumerate(batches(9)):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        if sparsifier.before_step(optimizer, step):
+            seen.append(sparsifier.drop_fraction)
+        optimizer.step()
+        cycle.step()
+    assert seen == pytest.approx([0.4] * 4)
+
+
+def test_initial_values_are_not_made_up_in_a_run_that_has_not_kept_them():
+    state = Sparsifier(network(), 0.5, seed=0).state_dict()
+    sparsifier = Sparsifier(network(), 0.5, seed=1, growth=Growth("initial"))
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    with pytest.raises(ValueError, match=r"growth='initial' .* has not kept them"):
+        sparsifier.load_state_dict(state)
+    assert all(torch.equal(before[name], mask) for name, mask in sparsifier.masks.items())
+
+
+@pytest.mark.parametrize("how", ["layer", "neuron"])
+def test_initial_values_are_rescaled_as_the_weights_are(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30))
+    first = model[0].weight.detach().clone()
+    sparsifier = Sparsifier(model, 0.8, seed=0, growth=Growth("initial"), rescale=how)
+    mask, kept = sparsifier.masks["0.weight"], sparsifier.layers["0.weight"].notes["initial"]
+    torch.testing.assert_close(kept[mask], model[0].weight.detach()[mask])
+    fan_in = mask.sum(1, keepdim=True).clamp(min=1) / 40 if how == "neuron" else mask.sum() / mask.numel()
+    torch.testing.assert_close(kept, first / fan_in.sqrt())
+
+
+@pytest.mark.parametrize("method", ["gradual", "snip", "dnw", "gemminer"])
+@pytest.mark.parametrize("make", [RigLCallback, lambda *args, **named: Sparsifier(network(), *args, **named)])
+def test_weights_of_full_masks_are_not_to_be_rescaled(method, make):
+    with pytest.raises(ValueError, match="rescale='layer' is for masks that leave connections out"):
+        make(0.5, method, rescale="layer")

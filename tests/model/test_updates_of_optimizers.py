@@ -122,3 +122,73 @@ def test_a_method_whose_masks_follow_from_variables_refuses_a_pattern(method):
     name = type(Method.of(method)).__name__
     with pytest.raises(ValueError, match=f"pattern: {name} makes its masks of its variables"):
         Sparsifier(network(), 0.5, method, pattern=Halves())
+
+
+class Rateless(torch.optim.Optimizer):
+    """Calls its rate by another name."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"learning_rate": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["learning_rate"])
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "snfs", "dsr"])
+def test_an_optimizer_without_a_rate_by_torchs_name_serves(method):
+    model = network()
+    sparsifier, optimizer = started(model, method), Rateless(model.parameters())
+    for step, (x, y) in enumerate(batches(3)):
+        backward(model, x, y)
+        sparsifier.before_step(optimizer, step)
+        optimizer.step()
+        sparsifier.after_step()
+    assert sparsifier.updates == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "who"),
+    [
+        ("deepr", None, "the method"),
+        ("rigl", UpdateSchedule(every=1, end=9, decay="learning_rate"), "decay='learning_rate'"),
+    ],
+)
+def test_what_follows_the_rate_asks_for_one(method, schedule, who):
+    model = network()
+    sparsifier, optimizer = started(model, method, schedule), Rateless(model.parameters())
+    backward(model, *batches(1)[0])
+
+    def step():
+        sparsifier.before_step(optimizer, 1)
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=f"{who} follows the learning rate, and Rateless has no 'lr'"):
+        step()
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((1.0, 1), r"\(dropped, grown\) of 0.weight are two whole numbers, got \(1.0, 1\)"),
+        ((1,), "are two whole numbers"),
+        ((999, 0), "0.weight cannot drop 999 and grow 0"),
+        ((0, 999), "0.weight cannot drop 0 and grow 999"),
+        ((-1, 0), "0.weight cannot drop -1"),
+    ],
+)
+def test_a_turnover_that_cannot_be_is_refused_by_name(pair, message):
+    class Odd(RigL):
+        def turnover(self, layers, moment):
+            return [pair for _ in layers]
+
+    model = network()
+    sparsifier = started(model, Odd())
+    backward(model, *batches(1)[0])
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    with pytest.raises(ValueError, match=rf"Odd.turnover: .*{message}"):
+        sparsifier.before_step(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    assert all(torch.equal(before[name], mask) for name, mask in sparsifier.masks.items())

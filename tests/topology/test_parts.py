@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_rigl import Method, RigL
+from lightning_rigl import SET, Method, RigL
 
 
 def define(factor):
@@ -30,3 +30,18 @@ def test_a_users_class_does_not_take_the_name_of_one_of_ours():
 @pytest.mark.parametrize("name", ["RIGL", "rigl", "RigL"])
 def test_case_has_no_say(name):
     assert Method.of(name) == RigL()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"gradient": "at_update"}, "gradient is one of never, at_updates, every_step, got 'at_update'"),
+        ({"scope": "global"}, "scope is one of layer, model, got 'global'"),
+        ({"schedule": {"every": 3}}, "schedule is an UpdateSchedule or None"),
+        ({"latent": True}, "latent = True asks for project"),
+        ({"starts_dense": True}, "starts_dense = True asks for turnover"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused_where_a_method_is_defined(facts, message):
+    with pytest.raises(TypeError, match=f"method Wrong: {message}"):
+        type("Wrong", (SET,), facts)
