@@ -35,7 +35,10 @@ bench: .venv/.installed  ## the cost of masking, of one update and of counting, 
 
 bench-speed: .venv/.installed  ## sparse products beside dense ones: training, inference, files (half an hour)
 	$(BIN)/python benchmarks/training_speed.py mlp
-	$(BIN)/python benchmarks/training_speed.py vit
+	$(BIN)/python benchmarks/training_speed.py vit --rounds 3
+	$(BIN)/python benchmarks/where_time_goes.py
+	$(BIN)/python benchmarks/training_losses.py
+	$(BIN)/python benchmarks/no_gain.py
 	$(BIN)/python benchmarks/inference_speed.py mlp
 	$(BIN)/python benchmarks/inference_speed.py vit
 	$(BIN)/python benchmarks/checkpoint_size.py

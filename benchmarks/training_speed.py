@@ -1,7 +1,7 @@
 """Steps per second of sparse training inside Lightning, beside dense training, in interleaved rounds.
 
     python benchmarks/training_speed.py mlp          3072-1024-1024-1024-10, batch 128, SGD: three minutes
-    python benchmarks/training_speed.py vit          ViT-B, batch 4, AdamW: fifteen minutes
+    python benchmarks/training_speed.py vit          ViT-B, batch 4, AdamW: three minutes a round
 
 Every round fits the same module anew: dense (no callback), then RigL at each sparsity: dense-masked, on each
 backend, and natively with the optimizer of active connections ("step"); of the MLP an update every 100 steps
