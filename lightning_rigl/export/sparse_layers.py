@@ -63,6 +63,8 @@ class SparseProduct(nn.Module):
         return f"{self.inputs}, {self.outputs}, bias={bias}, density={self.density:.4f}, {self.backend}"
 
     def _product(self, x: Tensor, plain: Any, with_gradient: Any) -> Tensor:
+        if x.layout is not torch.strided:
+            raise TypeError(f"x is {x.layout}; sparse products take dense inputs: give x.to_dense()")
         operator = with_gradient if torch.is_grad_enabled() and x.requires_grad else plain
         rows = self.values, self.starts, self.columns, self.bias, self.inputs, self.backend
         if torch.is_autocast_enabled("cpu"):

@@ -255,6 +255,7 @@ def test_under_autocast_the_product_is_float32(backend):
         (torch.randn(2, 12).double(), TypeError, "x is torch.float64; sparse products are float32"),
         (torch.randn(2, 13), ValueError, r"\(2, 13\), and the layer 12 inputs"),
         (torch.tensor(1.0), ValueError, r"shape \(\), and the layer 12 inputs"),
+        (torch.randn(2, 12).to_sparse(), TypeError, r"x is torch.sparse_coo; .* give x.to_dense\(\)"),
     ],
 )
 def test_an_input_that_does_not_fit_is_refused(backend, x, error, words):
