@@ -82,13 +82,13 @@ class SparseProduct:
     def fits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this product can be sparse: plain float32 tensors on the CPU, and the weight itself."""
         return (
-            weight is self.parameter
+            x.numel() >= self._least  # first: layers that are always too small are asked nothing more
+            and weight is self.parameter
             and x.layout is torch.strided
             and not x.is_nested
             and x.dtype == torch.float32
             and x.device.type == "cpu"
             and x.shape[-1:] == weight.shape[1:]
-            and x.numel() >= self._least
             and weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
         )
