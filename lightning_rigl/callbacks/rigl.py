@@ -129,18 +129,7 @@ class RigLCallback(Callback):
             "rescale": rescale,
             "compute": compute,
         }
-        initial_masks.check(sparsity, self.settings["distribution"], init)
-        if rescale is not None:
-            sparse_init.refuse(self.settings["method"], rescale)
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            layers.check_patterns(name, patterns)
-        refuse_growth(self.settings["method"], Growth() if growth is None else growth)
-        latent.refuse_pattern(self.settings["method"], self.settings["pattern"])
-        if schedule is not None and not isinstance(schedule, UpdateSchedule):
-            raise TypeError(f"schedule: expected an UpdateSchedule or None, got {schedule!r}")
-        if growth_data is not None and self.settings["method"].gradient != "at_updates":
-            name = type(self.settings["method"]).__name__
-            raise ValueError(f"growth_data: {name} does not read the gradient at updates; leave it out")
+        self._refuse_settings(growth_data)
         self._held_out = None if growth_data is None else HeldOut(growth_data)
         self._packs = pack_checkpoints
         self.sparsifier: Sparsifier | None = None
@@ -155,6 +144,22 @@ class RigLCallback(Callback):
         self._updated = False  # in this batch
         self._empty_step = EmptyStep()
         self._said: set[str] = set()
+
+    def _refuse_settings(self, growth_data: Iterable[Any] | None) -> None:
+        """Refuse what no model can be trained with."""
+        settings, method = self.settings, self.settings["method"]
+        initial_masks.check(settings["sparsity"], settings["distribution"], settings["init"])
+        if settings["rescale"] is not None:
+            sparse_init.refuse(method, settings["rescale"])
+        for name in ("include", "exclude"):
+            layers.check_patterns(name, settings[name])
+        refuse_growth(method, Growth() if settings["growth"] is None else settings["growth"])
+        latent.refuse_pattern(method, settings["pattern"])
+        if not isinstance(settings["schedule"], (UpdateSchedule, type(None))):
+            raise TypeError(f"schedule: expected an UpdateSchedule or None, got {settings['schedule']!r}")
+        if growth_data is not None and method.gradient != "at_updates":
+            name = type(method).__name__
+            raise ValueError(f"growth_data: {name} does not read the gradient at updates; leave it out")
 
     @property
     def masks(self) -> dict[str, Tensor]:

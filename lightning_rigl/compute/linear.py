@@ -168,9 +168,8 @@ class _Linear(torch.autograd.Function):
         s: Structure = product.structure
         y: Tensor
         y, kept, values = _OPS.linear_forward(x, weight, bias, s.tensors, product.backend)
-        of_x, of_weight = ctx.needs_input_grad[
-            :2
-        ]  # what a dense product keeps, too, may not change until then
+        # no more than a dense product keeps: what is kept may not change before the backward pass
+        of_x, of_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None, values, kept)
         ctx.product, ctx.structure = product, s
         return y

@@ -46,8 +46,8 @@ def library(environment: Mapping[str, str], refused: Collection[Path] = ()) -> P
     A library kept beside the sources (as in a wheel) comes first, then one in the cache. Each has a stamp
     beside it, which says of which sources it was made, what it asks of the CPU, and its checksum; one that
     does not fit is passed over, and one in the cache is compiled anew, which a warning says before. Where
-    there is no compiler, any one in the cache that fits is taken. Several
-    processes may ask at once: one compiles, the others wait for it, and no one ever sees half a file.
+    there is no compiler, any one in the cache that fits is taken. Several processes may ask at once: one
+    compiles, the others wait for it, and no one ever sees half a file.
 
     Args:
         environment: ``LIGHTNING_RIGL_CACHE`` names the cache folder, ``CXX`` the compiler.
@@ -56,8 +56,7 @@ def library(environment: Mapping[str, str], refused: Collection[Path] = ()) -> P
     Raises:
         BuildError: there is no compiler, it failed, or nowhere to write.
     """
-    beside = (path for path in sorted(SOURCES.glob("_kernels*.so")) if path not in refused)
-    kept = [path for path in beside if not refusal(path)]
+    kept = [p for p in sorted(SOURCES.glob("_kernels*.so")) if p not in refused and not refusal(p)]
     if kept:
         return max(kept, key=lambda path: len(_stamp(path)["needs"]))
     folders = cache_folders(environment)
@@ -92,10 +91,8 @@ def _fill(folder: Path, name: str, compiler: Sequence[str], anew: bool) -> str:
             return unsafe
         with _locked(folder / f"{name}.lock"):
             if anew or refusal(folder / name):
-                warnings.warn(
-                    f"lightning_rigl compiles its kernels into {folder}; this takes some seconds, once",
-                    stacklevel=3,
-                )
+                words = f"lightning_rigl compiles its kernels into {folder}; this takes some seconds, once"
+                warnings.warn(words, stacklevel=3)
                 compile_into(folder / name, compiler)
     except OSError as trouble:
         return trouble.strerror or str(trouble)
@@ -189,9 +186,8 @@ def cpu_flags() -> frozenset[str]:
 
 def sources_digest() -> str:
     """A checksum of all C++ files, their names and their order."""
-    return hashlib.sha256(
-        b"".join(path.name.encode() + path.read_bytes() for path in _files("*.[ch]*"))
-    ).hexdigest()
+    content = b"".join(path.name.encode() + path.read_bytes() for path in _files("*.[ch]*"))
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files(pattern: str) -> list[Path]:
@@ -203,9 +199,8 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], output: Path) -> str
     done = _run([*compiler, *flags, *map(str, _files("*.cpp")), "-o", str(output)])
     if done.returncode == 0:
         return "" if output.is_file() else "it ended without an error, and wrote no library"
-    return (
-        "\n".join(done.stderr.strip().splitlines()[-_LINES:]) or f"exit status {done.returncode}, no message"
-    )
+    said = done.stderr.strip().splitlines()[-_LINES:]
+    return "\n".join(said) or f"exit status {done.returncode}, no message"
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -60,7 +60,7 @@ class Moment:
         step: optimizer steps already done.
         fraction: the drop fraction now, in [0, 1].
         progress: 0 at the schedule's first update, 1 at its last.
-        rate: the learning rate, of the optimizer's first sparse layer; in `Method.settle` that of the layer.
+        rate: the learning rate of the optimizer's first sparse layer, in `settle` of the layer; nan if none.
         due: whether the schedule asks for an update.
         numbers: what the method keeps of the optimizer's layers; it changes in place, is saved and restored.
     """
@@ -208,9 +208,9 @@ def _problems(cls: type[Method]) -> Iterator[str]:
     schedule: object = cls.schedule
     if not isinstance(schedule, (UpdateSchedule, property, type(None))):
         yield f"schedule is an UpdateSchedule or None, got {schedule!r}"
-    if cls.latent and cls.project is Method.project:
+    if cls.latent is True and cls.project is Method.project:
         yield "latent = True asks for project, which says what mask and weight follow"
-    if cls.starts_dense and not cls.latent and cls.turnover is Method.turnover:
+    if cls.starts_dense is True and cls.latent is False and cls.turnover is Method.turnover:
         yield "starts_dense = True asks for turnover, which says when and how many connections are dropped"
 
 

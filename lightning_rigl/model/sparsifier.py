@@ -116,10 +116,7 @@ class Sparsifier:
         )
         parameters = layers.named_parameters(model)
         initial_masks.refuse_shards(parameters, masks, self.method, self.growth)
-        initial = {name: parameters[name].detach().clone() for name in masks if self.growth.values == INITIAL}
-        if rescale is not None:
-            sparse_init.refuse(self.method, rescale)
-            sparse_init.rescale_weights(model, parameters, masks, rescale, initial)
+        initial = self._initial_values(parameters, masks, rescale)
         self.layers = SparseLayers(parameters, masks)
         self.frozen = layers.frozen(model, include, exclude)
         self.updates = 0
@@ -141,6 +138,19 @@ class Sparsifier:
         if self.method.latent:
             latent.begin(list(self.layers.values()), self.method, self.seed)
         self.compute = mode.SparseCompute(model, self.layers, compute)
+
+    def _initial_values(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        rescale: sparse_init.How | None,
+    ) -> dict[str, Tensor]:
+        """Rescale the weights, if asked to; copies of the values that new connections are to have."""
+        initial = {name: parameters[name].detach().clone() for name in masks if self.growth.values == INITIAL}
+        if rescale is not None:
+            sparse_init.refuse(self.method, rescale)
+            sparse_init.rescale_weights(self.model, parameters, masks, rescale, initial)
+        return initial
 
     @property
     def masks(self) -> dict[str, Tensor]:
